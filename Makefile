@@ -1,0 +1,122 @@
+# The commands of the project; `make` lists them. PYTHON=python3.13 chooses a Python, 3.11 or newer.
+
+PYTHON ?= python3
+COMPOSE ?= docker compose
+SHELL := /bin/sh
+
+# An environment for each Python, so that two versions can be tested side by side
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+RUN_READY := $(VENV)/.ready-to-run
+TEST_READY := $(VENV)/.ready-to-test
+
+.PHONY: help
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# ---- On this machine ---------------------------------------------------------------------------------------
+
+.PHONY: run
+run: $(RUN_READY) ## Start it all here: database, backend, a client, two background instances; Ctrl-C ends it
+	@exec $(VENV)/bin/python run.py
+
+# The environment wins over the env file, as everywhere
+LOAD_BACKEND_ENV = saved=$$(export -p); set -a; . ./env/backend.env; set +a; eval "$$saved"
+
+.PHONY: migrate
+migrate: $(RUN_READY) ## Apply all migrations to the database that env/backend.env or the environment names
+	@$(LOAD_BACKEND_ENV); exec $(VENV)/bin/python backend.py migrate
+
+.PHONY: migrate-down
+migrate-down: $(RUN_READY) ## Take the last migration back
+	@$(LOAD_BACKEND_ENV); exec $(VENV)/bin/python backend.py rollback
+
+# ---- In containers -----------------------------------------------------------------------------------------
+
+.PHONY: compose-up
+compose-up: .env ## Build and start the same system in containers, and wait until it is healthy
+	@$(COMPOSE) up --detach --build --wait
+	@address=http://localhost:$$($(COMPOSE) port backend 8000 | sed 's/.*://'); \
+	echo "try the API    $$address/docs"; \
+	echo "records        $$address/api/data"; \
+	echo "shared file    $(COMPOSE) exec background tail -f /shared/data.txt"; \
+	echo "client's lines $(COMPOSE) exec client tail -f /journal/logs-1.txt"; \
+	echo "what they say  $(COMPOSE) logs --follow"; \
+	echo "stop           make compose-down"
+
+.PHONY: compose-down
+compose-down: .env ## Stop and remove the containers; the volumes with the data stay
+	@$(COMPOSE) down --remove-orphans
+
+.PHONY: compose-clean
+compose-clean: .env ## Remove the containers and all that they stored
+	@$(COMPOSE) down --remove-orphans --volumes
+
+# Compose reads it by itself. It must stay as long as the database's volume does.
+.env:
+	@umask 077; printf 'DB_PASS=%s\n' "$$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')" >$@
+	@echo "made .env with a random password for the database; keep it as long as the database's volume"
+
+# ---- Tests -------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: $(TEST_READY) chromium ## Install what the tests need and run them all; ARGS="-k name" for some
+	@$(VENV)/bin/python -m pytest --numprocesses=4 --dist=loadfile $(ARGS)
+
+.PHONY: test-compose
+test-compose: $(TEST_READY) ## Test the containers, from the client's journal to the shared file; needs Docker
+	@$(VENV)/bin/python -m pytest tests/compose $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(TEST_READY) ## Faults and backlogs that take their time: 5 minutes
+	@$(VENV)/bin/python -m pytest tests/slow $(ARGS)
+
+.PHONY: chaos
+chaos: $(TEST_READY) ## Strike the whole pipeline with faults under load, then compare all lines; MINUTES=10 SEED=1
+	@PYTHONPATH=. $(VENV)/bin/python -W ignore tests/chaos.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+
+.PHONY: lint
+lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy --strict .
+
+.PHONY: chromium
+chromium:
+	@if command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Chromium for the test of /docs"; \
+	  apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else \
+	  echo "the test of /docs needs Chromium: install it (Debian: sudo apt-get install chromium)" >&2; \
+	  exit 1; \
+	fi
+
+# ---- Housekeeping ------------------------------------------------------------------------------------------
+
+.PHONY: update-swagger-ui
+update-swagger-ui: ## Renew the Swagger UI in static/ from npm: the newest 5.x, or VERSION=5.x.y
+	@VERSION=$(VERSION) sh static/update-swagger-ui.sh
+
+.PHONY: clean
+clean: ## Remove environments and caches; data under var/ and volumes stay
+	@rm -rf .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis artifacts
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Printed for pip, which before 25.1 cannot install a pyproject.toml's lists without packaging the project
+PRINT_REQUIREMENTS = import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], sep="\n")
+
+$(RUN_READY): EXTRA := embedded
+$(TEST_READY): EXTRA := test
+$(TEST_READY): $(RUN_READY)
+$(RUN_READY) $(TEST_READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "this needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -1)." \
+	    "Name another: make $(MAKECMDGOALS) PYTHON=python3.13" >&2; exit 1; }
+	@echo "installing what pyproject.toml names ($(EXTRA)) into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -c '$(PRINT_REQUIREMENTS)' $(EXTRA) >$(VENV)/requirements.txt
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check \
+	  -c constraints.txt -r $(VENV)/requirements.txt
+	@touch $@

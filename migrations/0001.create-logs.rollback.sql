@@ -1,0 +1,2 @@
+-- Cannot be brought back: every stored record goes with the table.
+DROP TABLE IF EXISTS logs;

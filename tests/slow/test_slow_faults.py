@@ -1,0 +1,406 @@
+"""Faults that take their time: outages longer than every time-out, crowds of silent readers, backlogs of millions.
+
+`make test-slow` runs these; `make test` has the quick ones, in tests/test_faults.py.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+import requests
+from fakes import some_lines
+from harness import Backend, Postgres, Service, held, line_of
+from test_faults import assert_equal_everywhere, count_lines, driver, grow, stop, store_many
+from waiting import wait_until
+
+Start = Callable[..., Service]
+StartBackend = Callable[..., Backend]
+
+SECONDS = 120
+ANSWER_SECONDS = 12  # the backend's own 10 s, and 2 for a busy machine
+MIB = 1024**2
+LINE = "192.0.2.1 GET /a 200"
+BACKLOG = """
+INSERT INTO logs (id, created, ip, method, uri, status_code)
+SELECT ('00000000-0000-8000-8000-' || lpad(to_hex(n), 12, '0'))::uuid,
+       %(after)s::timestamptz + n * interval '1 microsecond',
+       '192.0.2.1', 'GET', '/backlog/' || n, 200
+  FROM generate_series(1, %(count)s) AS n
+"""
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """A PostgreSQL with few connections that the tests of this file may ill-treat."""
+    cluster = Postgres(tmp_path_factory.mktemp("victim") / "data")
+    with psycopg.connect(cluster.url("postgres"), autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET max_connections = 30")
+    cluster.stop()
+    cluster.start()
+    yield cluster
+    if cluster.running:
+        cluster.resume()
+        cluster.stop("immediate")
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "logs.txt"
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    return folder / "data.txt"
+
+
+def peak_memory_bytes(pid: int) -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+# ---- PostgreSQL in trouble ------------------------------------------------------------------------------------------
+
+
+class Answer:
+    """What a request got, and after how many seconds."""
+
+    def __init__(self, method: str, url: str, **arguments: Any) -> None:
+        began = time.monotonic()
+        try:
+            self.reply: requests.Response | None = requests.request(method, url, timeout=SECONDS, **arguments)
+        except requests.RequestException as error:
+            self.reply, self.error = None, error
+        self.seconds = time.monotonic() - began
+
+    @property
+    def refused(self) -> bool:
+        """503, with the time to wait."""
+        return self.reply is not None and self.reply.status_code == 503 and "Retry-After" in self.reply.headers
+
+    def __repr__(self) -> str:
+        return f"{self.reply.status_code if self.reply is not None else self.error} after {self.seconds:.1f} s"
+
+
+def post(backend: Backend, line: str = LINE) -> Answer:
+    return Answer("POST", backend.data_url, json={"id": str(uuid.uuid4()), "log": line})
+
+
+def get(backend: Backend) -> Answer:
+    return Answer("GET", f"{backend.data_url}?limit=5")
+
+
+def assert_refused(backend: Backend) -> None:
+    """POST and GET at once, several of each, are told in time to come again; the process is healthy meanwhile."""
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(request, backend) for request in (post, get) * 4]
+        wait_until(lambda: healthy(backend) and all(answer.done() for answer in answers), SECONDS, "answers", poll=0.2)
+    results = [answer.result() for answer in answers]
+    assert all(result.refused and result.seconds < ANSWER_SECONDS for result in results), results
+
+
+def healthy(backend: Backend) -> bool:
+    answer = Answer("GET", f"{backend.url}/api/health")
+    assert answer.reply is not None, answer
+    assert answer.reply.status_code == 200, answer
+    assert answer.seconds < 2, answer
+    return True
+
+
+def assert_heals(backend: Backend) -> None:
+    """Within a time for the clients' patience, without a restart."""
+    wait_until(lambda: get(backend).reply.status_code == 200, SECONDS, "an answer to GET", poll=0.2)  # type: ignore[union-attr]
+    wait_until(lambda: post(backend).reply.status_code == 201, SECONDS, "an answer to POST", poll=0.2)  # type: ignore[union-attr]
+    assert backend.process.poll() is None
+
+
+@pytest.fixture
+def under_load(
+    start: Start, start_backend: StartBackend, victim: Postgres, journal: Path, shared: Path
+) -> Iterator[Backend]:
+    """A backend on the victim with a client and an exporter at work; at the end all of it is equal."""
+    backend = start_backend(DATABASE_URL=victim.create_logs())
+    client = start("client.py", URL=backend.data_url, LOG_FILE=journal, THREADS_AMOUNT=4, REQUEST_DELAY_LIMIT=40)
+    exporter = start("background.py", URL=backend.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=50)
+    grow(shared, 200)
+    yield backend
+    grow(shared, 200)
+    assert client.end() == 0
+    records = backend.records()
+    wait_until(lambda: count_lines(shared) >= len(records), SECONDS, "all records in the shared file", poll=0.1)
+    posted = Path(f"{journal}.and-posted")  # this test has posted lines of its own
+    ours = Counter(map(line_of, records)) - Counter(journal.read_text().splitlines())
+    assert set(ours) <= {LINE}
+    posted.write_text(journal.read_text() + "".join(f"{line}\n" for line in ours.elements()))
+    assert_equal_everywhere(posted, backend, shared)
+    assert exporter.end() == 0
+    assert backend.printed.count("works again after") < 10, backend.printed
+
+
+def test_while_postgresql_is_stopped_requests_are_told_to_come_again_and_then_all_heals(
+    under_load: Backend, victim: Postgres
+) -> None:
+    victim.pause()
+    try:
+        began = time.monotonic()
+        assert_refused(under_load)
+        wait_until(lambda: healthy(under_load) and time.monotonic() - began > 15, SECONDS, "15 s", poll=0.2)
+        assert_refused(under_load)
+    finally:
+        victim.resume()
+    assert_heals(under_load)
+
+
+def test_while_postgresql_is_out_of_connections_requests_are_told_to_come_again_and_then_all_heals(
+    under_load: Backend, victim: Postgres
+) -> None:
+    with ExitStack() as stack:
+        watcher = stack.enter_context(psycopg.connect(victim.url("postgres"), autocommit=True))
+
+        def take_all() -> bool:
+            """Ends the backend's sessions and takes what is free, the superuser's places too; if none was left."""
+            watcher.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'log-pipeline'"
+            )
+            taken = len(connections)
+            with suppress(psycopg.OperationalError):
+                while True:
+                    connections.append(stack.enter_context(psycopg.connect(victim.url("postgres"))))
+            return len(connections) == taken
+
+        connections: list[psycopg.Connection[Any]] = []
+        stop(under_load.pid)  # or it would take a place again
+        wait_until(take_all, SECONDS, "some connections", poll=0.5)
+        wait_until(take_all, SECONDS, "all connections", poll=0.5)
+        under_load.kill(signal.SIGCONT)
+        assert_refused(under_load)
+        with pytest.raises(psycopg.OperationalError, match="too many clients"):
+            psycopg.connect(victim.url("postgres"))
+    assert_heals(under_load)
+
+
+def test_while_postgresql_is_out_of_disk_nothing_is_confirmed_reading_goes_on_and_then_all_heals(
+    under_load: Backend, victim: Postgres
+) -> None:
+    """No file of its processes may grow beyond the size that the table has now; the log's segments are smaller."""
+
+    def limit(size: str) -> None:
+        for pid in victim.pids:  # the postmaster first: what it forks has its limit
+            with suppress(FileNotFoundError):  # it has ended
+                owner = Path(f"/proc/{pid}").stat()  # as their own user: root in a container may lack the right
+                command = ["prlimit", f"--pid={pid}", f"--fsize={size}:"]
+                subprocess.run(command, check=pid == victim.pid, user=owner.st_uid, group=owner.st_gid)
+
+    with psycopg.connect(under_load.database_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE logs SET (autovacuum_enabled = FALSE)")
+        with connection.transaction():  # rows that nobody ever sees, and that take room
+            connection.execute(BACKLOG, {"after": "2026-01-01Z", "count": 300_000})
+            connection.execute("DELETE FROM logs WHERE uri LIKE '/backlog/%'")
+        row = connection.execute("SELECT pg_relation_size('logs')").fetchone()
+        assert row is not None
+        assert row[0] > 16 * MIB
+    limit(str(row[0]))
+    try:
+        wait_until(lambda: not post_confirmed(under_load), SECONDS, "the end of its room", poll=0)
+        assert "could not extend" in under_load.printed or "too large" in under_load.printed, under_load.printed
+        answer = post(under_load)
+        assert answer.refused, answer
+        assert answer.seconds < ANSWER_SECONDS
+        healthy(under_load)
+        reading = get(under_load)
+        assert reading.reply is not None
+        assert reading.reply.status_code == 200
+    finally:
+        limit("unlimited")
+    assert_heals(under_load)
+
+
+def post_confirmed(backend: Backend) -> bool:
+    answer = post(backend)
+    assert answer.reply is not None, answer
+    assert answer.reply.status_code in (201, 503), answer
+    return answer.reply.status_code == 201
+
+
+# ---- Silent readers -------------------------------------------------------------------------------------------------
+
+# The same backend, but for how long it waits for a reader
+IMPATIENT = """
+import waitress
+import backend
+
+backend.STALL_SECONDS = 2
+create_server = waitress.create_server
+waitress.create_server = lambda *arguments, **options: create_server(*arguments, cleanup_interval=1, **options)
+sys.exit(backend.main([]))
+"""
+
+
+def test_40_readers_who_open_a_large_export_and_do_not_read_hold_up_nobody_and_are_cut_off(
+    start: Start, postgres: Postgres, tmp_path: Path
+) -> None:
+    url = postgres.create_logs()
+    store_many(url, 300_000)
+    program = driver(tmp_path, "impatient.py", IMPATIENT)
+    backend = start(program, HOST="127.0.0.1", BACKEND_PORT=0, DATABASE_URL=url)
+    address = backend.wait_for_line(r"listening on (http://\S+)")[1]
+    data_url = f"{address}/api/data"
+    with ExitStack() as stack:
+
+        def open_export() -> socket.socket:
+            one = stack.enter_context(socket.socket())
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.settimeout(SECONDS)
+            one.connect((urlsplit(address).hostname, urlsplit(address).port))
+            one.sendall(b"GET /api/data HTTP/1.1\r\nHost: a\r\nAccept: application/x-ndjson\r\n\r\n")
+            return one
+
+        silent = [open_export() for _ in range(40)]
+        served = threading.Event()
+
+        def read_small() -> float:
+            """The seconds until a small GET is answered; a 503 is what a reader takes and asks again after."""
+            began = time.monotonic()
+            while True:
+                answer = Answer("GET", f"{data_url}?limit=5")
+                if not answer.refused:
+                    assert answer.reply is not None, answer
+                    assert len(answer.reply.json()) == 5
+                    served.set()
+                    return time.monotonic() - began
+
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(read_small)
+            posted = 0
+            while not served.is_set() or posted < 20:
+                answer = Answer("POST", data_url, json={"log": LINE})
+                assert answer.reply is not None, answer
+                assert answer.reply.status_code == 201, answer
+                assert answer.seconds < 5, answer
+                assert Answer("GET", f"{address}/api/health").seconds < 2
+                posted += 1
+            assert reading.result(SECONDS) < 30, f"{reading.result()} s"
+
+        backend.wait_for_line("cut off 127.0.0.1: it took nothing of its reply", 30)
+        outcomes: Counter[str] = Counter()
+        for one in silent:  # cut off, or refused, or served whole: a place came free when the first ones were cut off
+            received = bytearray()
+            with suppress(ConnectionResetError):
+                while not received.startswith(b"HTTP/1.1 503") and (piece := one.recv(MIB)):
+                    received += piece
+            if received.endswith(b"\r\n0\r\n\r\n"):
+                assert received.count(b'{"id":"') >= 300_000
+                outcomes["whole"] += 1
+            else:
+                assert len(received) < 5 * MIB
+                outcomes[received[9:12].decode()] += 1
+        assert set(outcomes) <= {"200", "503", "whole"}
+        assert outcomes["200"] >= 16
+    answers = [requests.get(f"{data_url}?limit=1", timeout=SECONDS).status_code for _ in range(40)]
+    assert answers == [200] * 40  # every place is free again
+    assert backend.end() == 0
+
+
+# ---- Millions -------------------------------------------------------------------------------------------------------
+
+
+def assert_flat(service: Service, limit_bytes: int) -> None:
+    peak = peak_memory_bytes(service.pid)
+    assert peak < limit_bytes, f"{service.script}: {peak / MIB:.0f} MiB"
+
+
+def test_a_backlog_of_5_million_records_that_cannot_be_written_for_60_s_takes_little_memory_and_is_written_whole(
+    start: Start, start_backend: StartBackend, shared: Path
+) -> None:
+    backend = start_backend()
+    post(backend)
+    exporter = start("background.py", URL=backend.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=50)
+    wait_until(lambda: count_lines(shared) == 1, SECONDS, "the first record")
+    first = backend.records()[0]
+    lock = shared.with_name("data.txt.lock")
+    wait_until(lambda: not lock.exists(), SECONDS, "the end of its turn")
+    with held(lock):
+        with psycopg.connect(backend.database_url) as connection:
+            connection.execute(BACKLOG, {"after": first["created"], "count": 5_000_000})
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() - began > 60, SECONDS, "60 s", poll=0.5)
+        assert count_lines(shared) == 1
+        assert peak_memory_bytes(exporter.pid) > 40 * MIB  # it has fetched what it may
+    last = b'"uri":"/backlog/5000000","status_code":200}}\n'
+
+    def ends_with_the_last() -> bool:
+        with shared.open("rb") as file:
+            file.seek(max(0, shared.stat().st_size - len(last)))
+            return file.read() == last
+
+    wait_until(ends_with_the_last, 600, "all records in the file", poll=0.5)
+    assert_flat(exporter, 150 * MIB)
+    assert_flat(backend, 100 * MIB)
+    assert exporter.end() == 0
+    with shared.open("rb") as file:
+        next(file)
+        for number, line in enumerate(file, 1):
+            assert b'"id":"00000000-0000-8000-8000-%012x"' % number in line
+            assert b'"uri":"/backlog/%d"' % number in line
+    assert number == 5_000_000
+
+
+def test_an_export_of_a_million_records_as_one_array_takes_little_memory(start_backend: StartBackend) -> None:
+    backend = start_backend()
+    with psycopg.connect(backend.database_url) as connection:
+        connection.execute(BACKLOG, {"after": "2026-01-01Z", "count": 1_000_000})
+    records = 0
+    tail = b""
+    with requests.get(backend.data_url, stream=True, timeout=SECONDS) as answer:
+        assert answer.status_code == 200
+        for piece in answer.iter_content(1 << 20):
+            records += (tail[-5:] + piece).count(b'{"id"') - tail[-5:].count(b'{"id"')
+            tail = piece[-10:] if len(piece) >= 10 else tail + piece
+    assert records == 1_000_000
+    assert tail.endswith(b"}}]\n")
+    assert_flat(backend, 100 * MIB)
+
+
+def test_a_million_lines_without_a_backend_take_little_memory_and_are_all_delivered(
+    start: Start, start_backend: StartBackend, journal: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "access.log"
+    lines = some_lines(1_000_000)
+    source.write_text("".join(f"{line}\n" for line in lines))
+    backend = start_backend()
+    port = urlsplit(backend.url).port
+    assert backend.end() == 0
+    client = start("client.py", URL=backend.data_url, LOG_FILE=journal, SOURCE=source)
+    size = source.stat().st_size
+    wait_until(
+        lambda: journal.exists() and journal.stat().st_size == size, SECONDS, "all lines in the journal", poll=0.2
+    )
+    client.wait_for_line("not delivered.*Connection refused")
+    assert_flat(client, 100 * MIB)
+    again = start_backend(DATABASE_URL=backend.database_url, BACKEND_PORT=port)
+    position = journal.with_name("logs.txt.position")
+    wait_until(lambda: position.exists() and str(size) in position.read_text(), 600, "the acknowledgement", poll=0.2)
+    assert_flat(client, 100 * MIB)
+    assert_flat(again, 100 * MIB)
+    assert client.end() == 0
+    client.wait_for_line("stopped; 1000000 lines delivered, 0 refused, 0 bytes left")
+    with psycopg.connect(again.database_url) as connection, connection.cursor("stored") as stored:
+        stored.execute("SELECT concat_ws(' ', host(ip), method, uri, status_code) FROM logs ORDER BY created")
+        assert [line for (line,) in stored] == lines

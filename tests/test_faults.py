@@ -1,0 +1,833 @@
+"""Exactly once, whatever dies, stops or fills up: faults on real processes, and equality of what is there afterwards.
+
+Each test proves that its fault struck, and ends with the oracle: the lines of the journal, the records of the database
+and those of the shared file are the same ones.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from itertools import takewhile
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+import requests
+from fakes import FakeBackend, fake_backend, proxy_to, some_lines
+from harness import ROOT, Backend, Postgres, Service, assert_same, children_of, is_running, process_state, read_records
+from waiting import wait_until
+
+Start = Callable[..., Service]
+StartBackend = Callable[..., Backend]
+
+SECONDS = 60  # for what takes one or two: the machine may be busy
+STORING_LOCK = "SELECT pg_advisory_xact_lock(7021961410472345601)"  # that of store_logs
+WAITING_TO_STORE = """
+SELECT pid
+  FROM pg_stat_activity
+ WHERE datname = current_database()
+   AND wait_event_type = 'Lock'
+   AND wait_event = 'advisory'
+"""
+
+# ---- Processes ------------------------------------------------------------------------------------------------------
+
+
+def kill(service: Service) -> None:
+    assert service.process.poll() is None, f"ended by itself before it was killed:\n{service.printed}"
+    service.kill()
+    service.process.wait(20)
+
+
+def stop(*pids: int) -> None:
+    """SIGSTOP; returns when all have stopped."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(process_state(pid)[0] == "T" for pid in pids), what=f"the stop of {pids}")
+
+
+def driver(folder: Path, name: str, text: str) -> str:
+    """A program that may import the services; start(driver(...)) runs it."""
+    path = folder / name
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{text}")
+    return str(path)
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "logs.txt"
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    return folder / "data.txt"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBackend]:
+    with fake_backend() as one:
+        yield one
+
+
+def count_lines(*files: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+
+
+def grow(file: Path, lines: int) -> None:
+    """Waits until a file has so many lines more."""
+    goal = count_lines(file) + lines
+    wait_until(lambda: count_lines(file) >= goal, SECONDS, f"{goal} lines in {file}")
+
+
+def assert_equal_everywhere(journal: Path, backend: Backend, *shared: Path) -> None:
+    """The oracle. The journal's client has ended or is idle."""
+    assert journal.read_bytes().endswith(b"\n")
+    wait_until(lambda: count_lines(*shared) >= count_lines(journal), SECONDS, f"all lines in {shared}", poll=0.05)
+    assert all(file.read_bytes()[-1:] in (b"", b"\n") for file in shared)
+    records = read_records(*shared)
+    assert_same(journal, records)
+    assert backend.records() == records
+
+
+def assert_exported(records: list[dict[str, Any]], *shared: Path) -> None:
+    """The shared file and its parts come to hold just these records, in this order."""
+    wait_until(lambda: count_lines(*shared) >= len(records), SECONDS, f"{len(records)} records in {shared}", poll=0.05)
+    assert read_records(*shared) == records
+
+
+def store_many(url: str, count: int) -> None:
+    """So many records straight into the table, a microsecond apart."""
+    with psycopg.connect(url) as connection:
+        connection.execute(
+            "INSERT INTO logs (id, created, ip, method, uri, status_code)"
+            " SELECT gen_random_uuid(), '2026-01-01Z'::timestamptz + n * interval '1 microsecond',"
+            " '192.0.2.1', 'GET', '/backlog/' || n, 200 FROM generate_series(1, %s) AS n",
+            [count],
+        )
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("VACUUM ANALYZE logs")
+
+
+def until_full(step: Callable[[], Any]) -> None:
+    """Repeats a step until the disk is full."""
+    while True:
+        try:
+            step()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                return
+            raise
+
+
+class TinyDisk:
+    """A small file system of its own, in a mount namespace: it needs root or user namespaces, and never outlives us.
+
+    `path` is where this test sees it. Services see it at `folder`, if their program begins with `entered`.
+    """
+
+    def __init__(self, folder: Path, options: str) -> None:
+        folder.mkdir()
+        self.folder = folder
+        own_user = [] if os.geteuid() == 0 else ["--map-root-user"]
+        mount = 'mount -t tmpfs -o "$1" tiny "$2" && echo mounted && exec sleep infinity'
+        self._holder = subprocess.Popen(
+            ["unshare", "--mount", *own_user, "sh", "-c", mount, "sh", options, str(folder)], stdout=subprocess.PIPE
+        )
+        assert self._holder.stdout is not None
+        assert self._holder.stdout.readline() == b"mounted\n", "a tmpfs could not be mounted: root or user namespaces?"
+        self.path = Path(f"/proc/{self._holder.pid}/root{folder}")
+        self._fillers: list[Path] = []
+
+    @property
+    def entered(self) -> str:
+        return (
+            "import ctypes, os\n"
+            "for kind in ('user', 'mnt'):\n"
+            f"    theirs = f'/proc/{self._holder.pid}/ns/{{kind}}'\n"
+            "    if os.readlink(theirs) != os.readlink(f'/proc/self/ns/{kind}'):\n"
+            "        if ctypes.CDLL(None).setns(os.open(theirs, os.O_RDONLY), 0):\n"
+            "            raise SystemExit(f'cannot enter the {kind} namespace')\n"
+        )
+
+    def program(self, folder: Path, script: str) -> str:
+        """A service that sees this disk."""
+        run = f"import runpy\nrunpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        return driver(folder, f"on_tiny_disk_{script}", self.entered + run)
+
+    def fill(self, left_bytes: int = 0) -> None:
+        """Takes all room, but for whole pages of 4 KiB."""
+        filler = self.path / "filler"
+        self._fillers.append(filler)
+        with filler.open("wb", buffering=0) as file:
+            until_full(lambda: file.write(b"f" * 4096))
+        os.truncate(filler, filler.stat().st_size - left_bytes)
+
+    def fill_names(self) -> None:
+        """Takes all inodes: existing files can grow, and none can be created."""
+        until_full(self._add_name)
+
+    def _add_name(self) -> None:
+        filler = self.path / f"filler.{len(self._fillers)}"
+        filler.touch()
+        self._fillers.append(filler)
+
+    def make_room(self) -> None:
+        while self._fillers:
+            self._fillers.pop().unlink()
+
+    def close(self) -> None:
+        self._holder.kill()
+        self._holder.wait(20)
+        if self._holder.stdout:
+            self._holder.stdout.close()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Callable[[str], TinyDisk]]:
+    """Makes one: tiny_disk("size=1m")."""
+    with ExitStack() as stack:
+
+        def make(options: str) -> TinyDisk:
+            disk = TinyDisk(tmp_path / "tiny", options)
+            stack.callback(disk.close)
+            return disk
+
+        yield make
+
+
+# ---- Killed backends ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("moment", "workers"), [("before", 1), ("in", 1), ("in", 2), ("after", 1)])
+def test_kill_9_of_a_backend_before_in_and_after_the_commit_stores_each_line_once(
+    start: Start, start_backend: StartBackend, journal: Path, tmp_path: Path, moment: str, workers: int
+) -> None:
+    """With two workers it is their parent that is killed: they end after it."""
+    source = tmp_path / "access.log"
+    source.write_text("".join(f"{line}\n" for line in some_lines(500)))
+    backend = start_backend(WORKERS=workers)
+    count = 1 if workers == 1 else 3
+    wait_until(lambda: len(children_of(backend.pid)) == count - 1, SECONDS, "the workers")
+    processes = [backend.pid, *children_of(backend.pid)]
+
+    with psycopg.connect(backend.database_url, autocommit=True) as watcher:
+
+        def waiting() -> list[Any]:
+            return watcher.execute(WAITING_TO_STORE).fetchall()
+
+        def count_stored() -> int:
+            row = watcher.execute("SELECT count(*) FROM logs").fetchone()
+            assert row is not None
+            return int(row[0])
+
+        with psycopg.connect(backend.database_url) as holder:
+            holder.execute(STORING_LOCK)
+            client = start("client.py", URL=backend.data_url, LOG_FILE=journal, SOURCE=source)
+            wait_until(waiting, SECONDS, "a statement that is about to store")
+            if moment == "before":  # its transaction never commits
+                kill(backend)
+                watcher.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ANY(%s)",
+                                [[pid for (pid,) in waiting()]])  # fmt: skip
+                wait_until(lambda: not waiting(), SECONDS, "the end of the statement")
+                holder.rollback()
+                assert count_stored() == 0
+            elif moment == "in":  # the server goes on with the statement of a dead process
+                kill(backend)
+                holder.rollback()
+                wait_until(lambda: count_stored() == 500, SECONDS, "the commit")
+            else:  # the answer of the database is there, and nobody reads it
+                stop(backend.pid)
+                holder.rollback()
+                wait_until(lambda: count_stored() == 500, SECONDS, "the commit")
+                kill(backend)
+
+    wait_until(lambda: not any(map(is_running, processes)), SECONDS, "the end of the workers")
+    again = start_backend(DATABASE_URL=backend.database_url, BACKEND_PORT=urlsplit(backend.url).port, WORKERS=workers)
+    with source.open("a") as file:
+        file.write("192.0.2.1 GET /last 200\n")
+    wait_until(lambda: len(again.records()) >= 501, SECONDS, "all records", poll=0.1)
+    assert client.end() == 0
+    client.wait_for_line("stopped; 501 lines delivered, 0 refused, 0 bytes left")
+    assert journal.read_text() == source.read_text()
+    assert_same(journal, again.records())
+
+
+# ---- The lock -------------------------------------------------------------------------------------------------------
+
+# Takes turns until it is told to end, and notes each on a page of its own: when it began, the latest moment at which it
+# was certainly inside, and whether it came out. A killed contender's last turn ends with the latest stamp.
+CONTENDER = """
+import mmap, os, random, struct, threading, time
+import background
+
+directory, notes, ending = (os.environ[name] for name in ("DIRECTORY", "NOTES", "ENDING"))
+TURN = struct.Struct("<ddq")
+descriptor = os.open(notes, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+os.ftruncate(descriptor, 1 << 22)
+page = mmap.mmap(descriptor, 1 << 22)
+turn = background.Turn(directory, "data.txt")
+at = 0
+while not os.path.exists(ending):
+    with turn.taken() as ours:
+        if ours:
+            began = time.monotonic()
+            for pause in (0, 0, 0.0003, 0):
+                TURN.pack_into(page, at, began, time.monotonic(), 0)
+                threading.Event().wait(pause)
+            TURN.pack_into(page, at, began, time.monotonic(), 1)
+            at += TURN.size
+    threading.Event().wait(random.uniform(0, 0.001))
+"""
+TURN_NOTE = struct.Struct("<ddq")
+
+
+def test_in_10000_turns_of_8_contenders_that_are_killed_at_random_no_two_overlap(
+    start: Start, shared: Path, tmp_path: Path
+) -> None:
+    dice = random.Random(8)
+    program = driver(tmp_path, "contender.py", CONTENDER)
+    notes: list[Path] = []
+    ending = tmp_path / "ending"
+
+    def contend() -> Service:
+        notes.append(tmp_path / f"turns.{len(notes)}")
+        return start(program, DIRECTORY=shared.parent, NOTES=notes[-1], ENDING=ending)
+
+    def turns_of(note: Path) -> list[tuple[float, float, int]]:
+        pages = note.read_bytes() if note.exists() else b""
+        return list(takewhile(itemgetter(0), TURN_NOTE.iter_unpack(pages[: len(pages) // 24 * 24])))
+
+    contenders = [contend() for _ in range(8)]
+    wait_until(lambda: all(map(turns_of, notes)), SECONDS, "a turn of each contender")
+
+    def stopped_inside() -> Service | None:
+        """One that was stopped (SIGSTOP) during its turn, if this attempt has found one."""
+        chosen = dice.choice(contenders)
+        stop(chosen.pid)
+        if turns_of(Path(str(chosen.settings["NOTES"])))[-1][2] == 0:
+            return chosen
+        chosen.kill(signal.SIGCONT)
+        return None
+
+    for n in range(20):
+        if n % 2:
+            chosen = dice.choice(contenders)
+        else:
+            found = wait_until(stopped_inside, SECONDS, "one that was stopped during its turn", poll=0)
+            assert found is not None
+            chosen = found
+        kill(chosen)
+        contenders[contenders.index(chosen)] = contend()
+        wait_until(lambda: turns_of(notes[-1]), SECONDS, "a turn of the new one")
+    wait_until(lambda: sum(len(turns_of(note)) for note in notes) >= 10_000, SECONDS, "10,000 turns", poll=0.2)
+    ending.touch()
+    assert [contender.process.wait(SECONDS) for contender in contenders] == [0] * 8
+
+    turns = sorted(turn for note in notes for turn in turns_of(note))
+    assert len(turns) >= 10_000
+    assert sum(not ended for _, _, ended in turns) >= 10  # killed during their turns
+    last = 0.0
+    for began, latest, _ in turns:
+        assert began > last, f"two were inside at {began}"
+        last = latest
+    assert [entry.name for entry in shared.parent.iterdir()] == []  # nothing is left, not even a lock file
+
+
+# SIGSTOP between making the lock file and locking it, the first time only
+STOPPED_BEFORE_LOCKING = """
+import fcntl, os, signal
+import background
+
+locked = []
+flock = fcntl.flock
+
+def stop_before(descriptor, operation):
+    if not locked:
+        locked.append(True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    flock(descriptor, operation)
+
+fcntl.flock = stop_before
+sys.exit(background.main([]))
+"""
+
+
+@pytest.mark.parametrize("then", ["taken over", "removed", "made anew"])
+def test_an_instance_stopped_between_making_the_lock_file_and_locking_it_lets_others_go_on_and_joins_them(
+    start: Start, fake: FakeBackend, shared: Path, tmp_path: Path, then: str
+) -> None:
+    settings = {"URL": fake.data_url, "DIRECTORY": shared.parent, "REQUEST_DELAY": 20}
+    lock = shared.with_name("data.txt.lock")
+    fake.add(some_lines(3000))
+    sleeper = start(driver(tmp_path, "stopped.py", STOPPED_BEFORE_LOCKING), **settings)
+    wait_until(lambda: process_state(sleeper.pid)[0] == "T", what="the stop")
+    assert lock.exists()
+    inode = lock.stat().st_ino
+
+    if then == "taken over":
+        other = start("background.py", **settings)
+        assert_exported(fake.records(), shared)
+        fake.add(some_lines(3000, "more"))
+        assert_exported(fake.records(), shared)
+        sleeper.kill(signal.SIGCONT)
+        fake.add(some_lines(3000, "both"))
+        assert_exported(fake.records(), shared)
+        assert [other.end(), sleeper.end()] == [0, 0]
+        return
+
+    lock.unlink()
+    if then == "made anew":  # the stopped one's file is another one than that at the path
+        lock.touch()
+        assert lock.stat().st_ino != inode
+    sleeper.kill(signal.SIGCONT)
+    others = [start("background.py", **settings) for _ in range(3)]
+    fake.add(some_lines(3000, "more"))
+    assert_exported(fake.records(), shared)
+    for service in others:
+        service.wait_for_line("appending to")
+    assert [service.end() for service in (sleeper, *others)] == [0] * 4
+    assert not lock.exists()
+    assert read_records(shared) == fake.records()
+
+
+# As somebody else: the interpreter's own folder may be closed to that user, so all is imported before
+AS_NOBODY = """
+import encodings.idna, json, os
+import background
+
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+sys.exit(background.main([]))
+"""
+
+
+def test_a_lock_file_that_may_not_be_opened_is_named_and_waited_for(
+    start: Start, fake: FakeBackend, shared: Path, tmp_path: Path
+) -> None:
+    for folder in (shared.parent, *shared.parent.parents):
+        if folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's folders are for their owner only
+    shared.parent.chmod(0o777)
+    lock = shared.with_name("data.txt.lock")
+    lock.touch(mode=0)
+    lock.chmod(0)
+    fake.add(some_lines(100))
+    settings = {"URL": fake.data_url, "DIRECTORY": shared.parent, "REQUEST_DELAY": 20}
+    instance = start(driver(tmp_path, "nobody.py", AS_NOBODY), **settings)
+    instance.wait_for_line(r"WARNING.*data.txt.lock is no lock file of ours \(Permission denied\); remove it")
+    assert not shared.exists()
+    assert lock.stat().st_mode & 0o777 == 0
+    lock.unlink()
+    assert_exported(fake.records(), shared)
+    instance.wait_for_line("back after")
+    assert instance.end() == 0
+
+
+# ---- PostgreSQL -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """A PostgreSQL that the tests of this file may ill-treat."""
+    cluster = Postgres(tmp_path_factory.mktemp("victim") / "data")
+    yield cluster
+    if cluster.running:
+        cluster.resume()
+        cluster.stop("immediate")
+
+
+def test_postgresql_may_crash_twice_under_load_and_all_heals_without_a_restart_of_ours(
+    start: Start, start_backend: StartBackend, victim: Postgres, journal: Path, shared: Path
+) -> None:
+    backend = start_backend(DATABASE_URL=victim.create_logs())
+    client = start("client.py", URL=backend.data_url, LOG_FILE=journal, THREADS_AMOUNT=8, REQUEST_DELAY_LIMIT=40)
+    exporter = start("background.py", URL=backend.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=20)
+    for crash in (partial(victim.stop, "immediate"), victim.kill):
+        grow(shared, 200)
+        crash()
+        grow(journal, 100)  # the client keeps its lines
+        answer = requests.get(backend.data_url, timeout=SECONDS)
+        assert (answer.status_code, bool(answer.headers.get("Retry-After"))) == (503, True), answer.text
+        victim.start()
+        wait_until(lambda: count_lines(shared) >= count_lines(journal) - 50, SECONDS, "the exporter to catch up")
+    grow(shared, 100)
+    assert client.end() == 0
+    assert_equal_everywhere(journal, backend, shared)
+    assert exporter.end() == 0
+    assert 2 <= backend.printed.count("works again after") <= 12, backend.printed  # a dying server may answer once more
+
+
+def test_readers_go_on_without_a_gap_or_a_copy_after_a_dump_was_restored_in_a_younger_postgresql(
+    start: Start, start_backend: StartBackend, postgres: Postgres, journal: Path, shared: Path, tmp_path: Path
+) -> None:
+    old = Postgres(tmp_path / "old", version=16)
+    try:
+        before = start_backend(DATABASE_URL=old.create_logs())
+        new_url = postgres.create_database()
+        with proxy_to(before) as proxy:
+            client = start("client.py", URL=proxy.data_url, LOG_FILE=journal, THREADS_AMOUNT=8, REQUEST_DELAY_LIMIT=40)
+            exporters = [
+                start("background.py", URL=proxy.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=20) for _ in range(2)
+            ]
+            grow(shared, 300)
+            assert before.end() == 0  # an operator stops the writing before the last dump
+            dump = subprocess.run(
+                [postgres.programs / "pg_dump", before.database_url], capture_output=True, check=True, timeout=SECONDS
+            )
+            subprocess.run(
+                [postgres.programs / "psql", "-v", "ON_ERROR_STOP=1", "-X", "-q", new_url],
+                input=dump.stdout, stdout=subprocess.DEVNULL, check=True, timeout=SECONDS,
+            )  # fmt: skip
+            after = start_backend(DATABASE_URL=new_url)
+            proxy.upstream = after.url
+            grow(shared, 300)
+            assert client.end() == 0
+            assert_equal_everywhere(journal, after, shared)
+            assert [exporter.end() for exporter in exporters] == [0, 0]
+    finally:
+        old.stop("immediate")
+    with psycopg.connect(new_url) as connection:
+        row = connection.execute("SELECT current_setting('server_version_num')::int / 10000").fetchone()
+    assert row == (18,)
+
+
+# ---- Full disks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["room", "names"])
+def test_a_full_disk_under_the_shared_file_or_for_its_lock_is_waited_for_and_leaves_whole_lines(
+    start: Start, fake: FakeBackend, tiny_disk: Callable[[str], TinyDisk], tmp_path: Path, what: str
+) -> None:
+    disk = tiny_disk("size=4m,nr_inodes=30")
+    file = disk.path / "data.txt"
+    fake.add(some_lines(1000))
+    program = disk.program(tmp_path, "background.py")
+    instance = start(program, URL=fake.data_url, DIRECTORY=disk.folder, REQUEST_DELAY=20)
+    assert_exported(fake.records(), file)
+    wait_until(lambda: not (disk.path / "data.txt.lock").exists(), what="the end of its turn")
+    if what == "room":
+        disk.fill(left_bytes=3 * 4096)
+    else:
+        disk.fill_names()
+    fake.add(some_lines(1000, "more"))
+    instance.wait_for_line("WARNING.*No space left")
+    known = len(fake.requests)
+    wait_until(lambda: len(fake.requests) > known + 5, what="more polls")
+    assert read_records(file) == fake.records()[:1000]
+    kill(instance)  # nothing of it is lost with the process
+    again = start(program, URL=fake.data_url, DIRECTORY=disk.folder, REQUEST_DELAY=20)
+    again.wait_for_line("WARNING.*No space left")
+    disk.make_room()
+    assert_exported(fake.records(), file)
+    again.wait_for_line("back after")
+    assert again.end() == 0
+
+
+@pytest.mark.parametrize("what", ["room", "names"])
+def test_a_full_disk_under_the_journal_or_for_its_position_costs_no_line_and_makes_no_copy(
+    start: Start, fake: FakeBackend, tiny_disk: Callable[[str], TinyDisk], tmp_path: Path, what: str
+) -> None:
+    disk = tiny_disk("size=1m,nr_inodes=30")
+    journal, position = disk.path / "logs.txt", disk.path / "logs.txt.position"
+    program = disk.program(tmp_path, "client.py")
+    settings = {"URL": fake.data_url, "LOG_FILE": disk.folder / "logs.txt", "REQUEST_DELAY_LIMIT": 10}
+    client = start(program, **settings)
+    wait_until(lambda: len(fake.stored) > 100 and position.exists(), SECONDS, "100 lines")
+    if what == "room":
+        disk.fill()
+        client.wait_for_line("cannot write to .*No space left on device; waiting")
+        assert journal.read_bytes().endswith(b"\n")
+        wait_until(lambda: len(fake.stored) == count_lines(journal), SECONDS, "delivery of what there is")
+    else:
+
+        def stopped_between_positions() -> bool:
+            """A new one that is there already would make room when it replaces the old one."""
+            stop(client.pid)
+            if (disk.path / "logs.txt.position.new").exists():
+                client.kill(signal.SIGCONT)
+                return False
+            return True
+
+        wait_until(stopped_between_positions, SECONDS, "a moment without a half-written position")
+        disk.fill_names()
+        client.kill(signal.SIGCONT)
+        acknowledged, known = position.read_text(), len(fake.stored)
+        wait_until(lambda: len(fake.stored) > known + 200, SECONDS, "200 lines more")
+        assert position.read_text() == acknowledged  # the fault struck: it stays behind
+    kill(client)
+    disk.make_room()
+    posts = len(fake.requests)
+    again = start(program, **settings)
+    wait_until(lambda: len(fake.requests) > posts + 50, SECONDS, "new lines")
+    assert again.end() == 0
+    again.wait_for_line("stopped.* 0 bytes left")
+    assert_same(journal, fake.records())
+    if what == "names":
+        sent_again = {item["id"] for item in fake.requests[posts].items}
+        assert sent_again & {item["id"] for request in fake.requests[:posts] for item in request.items}
+
+
+@pytest.mark.parametrize("what", ["room", "names"])
+def test_a_full_disk_for_the_refused_lines_leaves_each_of_them_there_once_and_whole(
+    start: Start, backend: Backend, tiny_disk: Callable[[str], TinyDisk], tmp_path: Path, what: str
+) -> None:
+    disk = tiny_disk("size=1m,nr_inodes=30")
+    journal, rejected = disk.path / "logs.txt", disk.path / "logs.txt.rejected"
+    refused = ["r" * 5500, "s" * 5500, "t" * 5500]  # each longer than a page of the disk
+    lines = some_lines(30)
+    program = disk.program(tmp_path, "client.py")
+    with fake_backend(listening=False) as nowhere:  # the lines get into the journal and no further
+        client = start(program, URL=nowhere.data_url, LOG_FILE=disk.folder / "logs.txt", SOURCE=tmp_path / "source")
+        (tmp_path / "source").write_text("".join(f"{line}\n" for line in lines[:10] + refused + lines[10:]))
+        wait_until(lambda: count_lines(journal) == 33, SECONDS, "all lines in the journal")
+        kill(client)
+    if what == "room":
+        rejected.touch()
+        disk.fill(left_bytes=4096)
+    else:
+        disk.fill_names()
+    client = start(program, URL=backend.data_url, LOG_FILE=disk.folder / "logs.txt", SOURCE=tmp_path / "source")
+    client.wait_for_line("not delivered.*No space left")
+    wait_until(lambda: not rejected.exists() or rejected.stat().st_size == 0, SECONDS, "the part that fitted to go")
+    disk.make_room()
+    with (tmp_path / "source").open("a") as file:
+        file.write("192.0.2.1 GET /last 200\n")
+    wait_until(lambda: len(backend.records()) >= 31, SECONDS, "all records", poll=0.1)
+    assert client.end() == 0
+    assert [note["log"] for note in read_notes(rejected)] == refused
+    assert [f"/{n}" for n in range(30)] == [
+        f"/{record['log']['uri'].split('/')[2]}" for record in backend.records()[:30]
+    ]
+    assert len(backend.records()) == 31
+
+
+def read_notes(rejected: Path) -> list[dict[str, str]]:
+    """Fails on a torn note."""
+    return [json.loads(line) for line in rejected.read_text().splitlines()] if rejected.exists() else []
+
+
+def test_a_full_folder_for_temporary_files_fails_large_requests_only_and_confirms_none(
+    start: Start, postgres: Postgres, tiny_disk: Callable[[str], TinyDisk], tmp_path: Path
+) -> None:
+    disk = tiny_disk("size=16m")
+    url = postgres.create_logs()
+    program = disk.program(tmp_path, "backend.py")
+    backend = start(program, HOST="127.0.0.1", BACKEND_PORT=0, DATABASE_URL=url, TMPDIR=disk.folder)
+    data_url = backend.wait_for_line(r"listening on (http://\S+)")[1] + "/api/data"
+
+    def post(lines: list[str]) -> int:
+        """The status; 0 if the connection ended without an answer."""
+        items = [{"id": str(uuid.uuid4()), "log": line} for line in lines]
+        try:
+            answer = requests.post(data_url, json=items, timeout=SECONDS)
+        except requests.ConnectionError:
+            return 0
+        if answer.status_code == 201:
+            confirmed.extend(item["id"] for item in items)
+        return answer.status_code
+
+    confirmed: list[str] = []
+    large = some_lines(9000, padding="p" * 100)  # some 2 MB; over 1 MB a body goes into a file
+    assert post(large) == 201
+    disk.fill(left_bytes=8192)
+    assert post(large) in (0, 500, 503)
+    assert post(["192.0.2.1 GET /small 200"]) == 201
+    assert post(large) in (0, 500, 503)
+    disk.make_room()
+    assert post(large) == 201
+    stored = [record["id"] for record in requests.get(data_url, timeout=SECONDS).json()]
+    assert stored == confirmed
+    assert backend.end() == 0
+
+
+# ---- Crowds ---------------------------------------------------------------------------------------------------------
+
+
+def test_100_slow_and_1000_silent_connections_hold_up_nobody(backend: Backend) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    address = (str(urlsplit(backend.url).hostname), int(urlsplit(backend.url).port or 0))
+    with ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(address, timeout=SECONDS))
+
+        silent = [connect() for _ in range(1000)]
+        slow = [connect() for _ in range(100)]
+        for n, one in enumerate(slow):  # half of a head, or half of a body
+            one.sendall(
+                b"POST /api/data HTTP/1.1\r\nHost: a\r\nContent-" if n % 2 else
+                b"POST /api/data HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Length: 25\r\n\r\n192."
+            )  # fmt: skip
+        descriptors = Path(f"/proc/{backend.pid}/fd")
+        wait_until(lambda: len(list(descriptors.iterdir())) > 1100, SECONDS, "1,100 connections")
+
+        for n in range(20):
+            began = time.monotonic()
+            answer = requests.post(backend.data_url, json={"log": f"192.0.2.1 GET /{n} 200"}, timeout=SECONDS)
+            assert answer.status_code == 201
+            assert len(backend.records("?limit=5")) == min(5, n + 1)
+            assert time.monotonic() - began < 5
+        slow[0].sendall(b"0.2.1 GET /slow/0 200")  # a slow one that comes to its end is served as well
+        assert slow[0].recv(100).startswith(b"HTTP/1.1 201")
+        silent[0].sendall(b"GET /api/health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert silent[0].recv(100).startswith(b"HTTP/1.1 200")
+    assert len(backend.records()) == 21
+
+
+# ---- Shutdown -------------------------------------------------------------------------------------------------------
+
+
+def end_within(service: Service, seconds: float) -> None:
+    """SIGTERM: exit status 0 in the time that the README states, and 5 s for a busy machine."""
+    began = time.monotonic()
+    assert service.end(SECONDS) == 0
+    assert time.monotonic() - began < seconds + 5, service.printed
+
+
+def test_sigterm_of_each_service_under_load_loses_nothing_and_says_what_is_left(
+    start: Start, start_backend: StartBackend, journal: Path, shared: Path
+) -> None:
+    backend = start_backend(WORKERS=2)
+    port = urlsplit(backend.url).port
+
+    def generate() -> Service:
+        return start("client.py", URL=backend.data_url, LOG_FILE=journal, THREADS_AMOUNT=8, REQUEST_DELAY_LIMIT=10)
+
+    def export() -> Service:
+        return start("background.py", URL=backend.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=20)
+
+    client, exporter = generate(), export()
+    grow(shared, 500)
+    processes = [backend.pid, *children_of(backend.pid)]
+    assert len(processes) == 3
+    end_within(backend, 5)
+    assert not any(map(is_running, processes))
+    assert backend.printed.count("lines were left without an answer") == 2
+    backend = start_backend(DATABASE_URL=backend.database_url, BACKEND_PORT=port, WORKERS=2)
+    grow(shared, 500)
+
+    end_within(client, 5)
+    client.wait_for_line(r"stopped; \d+ lines delivered, 0 refused, \d+ bytes left")
+    client = generate()
+    grow(shared, 500)
+    end_within(exporter, 10)
+    exporter.wait_for_line(r"stopped; \d+ records written, \d+ left to the others")
+    exporter = export()
+    grow(shared, 500)
+
+    with psycopg.connect(backend.database_url) as holder:  # now nobody can store, and the client has to give up
+        holder.execute(STORING_LOCK)
+        grow(journal, 200)
+        end_within(client, 5)
+        left = client.wait_for_line(r"stopped; .* refused, (\d+) bytes left")[1]
+        assert int(left) > 0
+    client = generate()
+    grow(shared, 500)
+    end_within(client, 5)
+    assert_equal_everywhere(journal, backend, shared)
+    end_within(exporter, 10)
+    end_within(backend, 5)
+
+
+def test_sigterm_of_the_backend_answers_what_it_has_stored_and_stores_what_it_has_answered(
+    start_backend: StartBackend,
+) -> None:
+    """Posters without a second attempt: each 201 is a record, each record without a 201 had no answer at all."""
+    backend = start_backend()
+    sent: dict[str, int] = {}
+    running = threading.Event()
+
+    def post_on(_: int) -> None:
+        with requests.Session() as session:
+            while True:
+                name = str(uuid.uuid4())
+                sent[name] = 0
+                try:
+                    answer = session.post(
+                        backend.data_url, json={"id": name, "log": "192.0.2.1 GET / 200"}, timeout=SECONDS
+                    )
+                except requests.ConnectionError:
+                    return
+                sent[name] = answer.status_code
+                if len(sent) > 300:
+                    running.set()
+
+    with ThreadPoolExecutor(16) as pool:
+        posters = [pool.submit(post_on, n) for n in range(16)]
+        assert running.wait(SECONDS)
+        end_within(backend, 5)
+        for poster in posters:
+            poster.result(SECONDS)
+    again = start_backend(DATABASE_URL=backend.database_url)
+    stored = {record["id"] for record in again.records()}
+    assert set(sent.values()) <= {0, 201, 503}
+    assert {name for name, status in sent.items() if status == 201} <= stored <= sent.keys()
+    assert len(stored) > 250
+
+
+# ---- Refused lines --------------------------------------------------------------------------------------------------
+
+# kill -9 of the client right after a note in .rejected, before the position
+KILLED_AFTER_A_NOTE = """
+import os, signal
+import client
+
+reject, notes = client.Journal.reject, []
+
+def kill_after(journal, *note):
+    reject(journal, *note)
+    notes.append(note)
+    if len(notes) == int(os.environ["KILL_AFTER"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+client.Journal.reject = kill_after
+sys.exit(client.main())
+"""
+
+
+@pytest.mark.parametrize("notes", [1, 2, 3])
+def test_kill_9_between_the_note_of_a_refused_line_and_the_position_leaves_one_note(
+    start: Start, backend: Backend, journal: Path, tmp_path: Path, notes: int
+) -> None:
+    source = tmp_path / "access.log"
+    refused = ["not a line", "192.0.2.1 GET / 999", "192.0.2.1 G/T / 200"]
+    lines = some_lines(9)
+    source.write_text("".join(f"{line}\n" for line in [*refused[:2], *lines, refused[2]]))
+    settings = {"URL": backend.data_url, "LOG_FILE": journal, "SOURCE": source}
+    rejected = tmp_path / "logs.txt.rejected"
+    client = start(driver(tmp_path, "killed.py", KILLED_AFTER_A_NOTE), KILL_AFTER=notes, **settings)
+    assert client.process.wait(SECONDS) == -signal.SIGKILL
+    assert len(read_notes(rejected)) == notes
+    assert not (tmp_path / "logs.txt.position").exists()
+    again = start("client.py", **settings)
+    with source.open("a") as file:
+        file.write("192.0.2.1 GET /last 200\n")
+    wait_until(lambda: len(backend.records()) >= 10, SECONDS, "all records", poll=0.1)
+    assert again.end() == 0
+    assert [note["log"] for note in read_notes(rejected)] == refused
+    assert len(backend.records()) == 10

@@ -1,0 +1,289 @@
+"""`make run`: what a person sees who has just cloned the repository, and what is left after Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from waiting import wait_until
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_COPIED = shutil.ignore_patterns(".*", "var", "artifacts", "__pycache__")
+START_SECONDS = 60.0
+END_SECONDS = 10.0
+
+
+class Run:
+    """run.py at work in a copy of the checkout, in a process group of its own like a command of a shell."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.folder = folder
+        self._output = folder.parent / f"{folder.name}.output"
+        plain = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
+        fast = {"BACKEND_PORT": "0", "REQUEST_DELAY_LIMIT": "50", "REQUEST_DELAY": "100"}
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "run.py"],
+                cwd=folder,
+                env={**plain, **fast, **settings},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text("utf-8")
+
+    @property
+    def shared(self) -> list[str]:
+        """The shared file's lines."""
+        return lines_of(self.folder / "var/shared/data.txt")
+
+    @property
+    def journal(self) -> list[str]:
+        return lines_of(self.folder / "var/logs.txt")
+
+    def parts(self, script: str) -> list[int]:
+        """The process ids of the parts that run that script, the oldest first."""
+        return [pid for pid, command in sorted(self.processes().items()) if script in command.split("\0")]
+
+    def processes(self) -> dict[int, str]:
+        """Whatever of this folder's runs is alive, also PostgreSQL; process ids and command lines."""
+        return {
+            int(entry.name): command
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit()
+            for command in [read_or_nothing(entry / "cmdline")]
+            if str(self.folder) in command or link_or_nothing(entry / "cwd").startswith(str(self.folder))
+        }
+
+    def press_ctrl_c(self, patience_seconds: float = START_SECONDS) -> float:
+        """As a terminal does: SIGINT to the whole group. The seconds until the end."""
+        begun = time.monotonic()
+        os.killpg(self.process.pid, signal.SIGINT)
+        self.wait(patience_seconds)
+        return time.monotonic() - begun
+
+    def wait(self, seconds: float = START_SECONDS) -> int:
+        return self.process.wait(seconds)
+
+    def end(self) -> None:
+        """Whatever of it is left: first as a person would, then by force."""
+        if self.process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.press_ctrl_c(END_SECONDS)
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def wait_for_records(self, more_than: int) -> None:
+        def there() -> bool:
+            assert self.process.poll() is None, f"the run has ended: {self.output}"
+            return len(self.shared) > more_than
+
+        wait_until(there, START_SECONDS, f"more than {more_than} records")
+
+
+def read_or_nothing(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:  # it has ended meanwhile
+        return ""
+
+
+def link_or_nothing(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines() if path.exists() else []
+
+
+def as_line(record: str) -> str:
+    log = json.loads(record)["log"]
+    return f"{log['ip']} {log['method']} {log['uri']} {log['status_code']}"
+
+
+def assert_each_line_is_there_once(run: Run) -> None:
+    assert Counter(map(as_line, run.shared)) == Counter(run.journal)
+    ids = [json.loads(record)["id"] for record in run.shared]
+    assert len(set(ids)) == len(ids)
+    created = [json.loads(record)["created"] for record in run.shared]
+    assert all(earlier < later for earlier, later in itertools.pairwise(created))
+
+
+def assert_no_process_is_left(run: Run) -> None:
+    """PostgreSQL removes its pid file, for which the backend waits, a moment before its own end: hence the second."""
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not run.processes(), 1, "the end of all processes")
+    assert run.processes() == {}
+
+
+StartRun = Callable[..., Run]
+
+
+@pytest.fixture
+def start_run(tmp_path: Path) -> Iterator[StartRun]:
+    """Starts a run in a copy of the checkout; in the same one each time. Nothing of it survives the test."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
+    runs: list[Run] = []
+
+    def start(**settings: str) -> Run:
+        runs.append(Run(folder, **settings))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.end()
+        print(run.output)
+
+
+def test_lines_come_out_and_the_screen_says_where_and_how_many(start_run: StartRun) -> None:
+    run = start_run()
+    run.wait_for_records(20)
+    progress = r"run +\| sent [\d,]+ \([\d,]+/s\) +stored [\d,]+ \([\d,]+/s\) +written [\d,]+ \([\d,]+/s\)"
+    wait_until(lambda: len(re.findall(progress, run.output)) > 1, 15, "two lines of progress")
+    for text in (r"http://127\.0\.0\.1:\d+/docs", "var/logs.txt", "var/shared/data.txt", "var/postgres", "Ctrl-C"):
+        assert re.search(text, run.output), text
+    assert len(run.output.splitlines()) < 40, "a person can follow it"
+
+
+def test_ctrl_c_ends_all_processes_in_ten_seconds_and_the_next_run_goes_on(start_run: StartRun) -> None:
+    first = start_run()
+    first.wait_for_records(50)
+    assert len(first.parts("client.py")) == 1
+    assert len(first.parts("background.py")) == 2
+    assert first.press_ctrl_c() < END_SECONDS
+    assert first.process.returncode == 0
+    assert_no_process_is_left(first)
+    assert_each_line_is_there_once(first)
+    before = first.shared
+
+    second = start_run()
+    second.wait_for_records(len(before) + 50)
+    second.press_ctrl_c()
+    assert second.process.returncode == 0
+    assert second.shared[: len(before)] == before
+    assert_each_line_is_there_once(second)
+    assert_no_process_is_left(second)
+
+
+def test_sigterm_to_the_run_is_the_same_as_ctrl_c(start_run: StartRun) -> None:
+    run = start_run()
+    run.wait_for_records(5)
+    run.process.terminate()
+    assert run.wait(END_SECONDS) == 0
+    assert_no_process_is_left(run)
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing_either(start_run: StartRun) -> None:
+    run = start_run()
+    wait_until(lambda: run.parts("backend.py"), START_SECONDS, "the backend's process")
+    assert run.press_ctrl_c() < END_SECONDS
+    assert run.process.returncode == 0
+    assert_no_process_is_left(run)
+
+
+def test_a_second_run_in_the_same_folder_is_turned_away(start_run: StartRun) -> None:
+    first = start_run()
+    first.wait_for_records(5)
+    already_written = len(first.shared)
+    output = subprocess.run(
+        [sys.executable, "run.py"], cwd=first.folder, capture_output=True, text=True, timeout=10, check=False
+    )
+    assert output.returncode == 1
+    assert len(output.stdout.splitlines()) == 1
+    assert "already" in output.stdout
+    assert output.stderr == ""
+    first.wait_for_records(already_written)
+    assert first.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("script", "workers"), [("client.py", 1), ("background.py", 1), ("backend.py", 1), ("backend.py", 2)]
+)
+def test_if_a_part_dies_the_run_says_which_and_ends_the_others(start_run: StartRun, script: str, workers: int) -> None:
+    run = start_run(WORKERS=str(workers))
+    run.wait_for_records(5)
+    os.kill(run.parts(script)[0], signal.SIGKILL)
+    assert run.wait(END_SECONDS + 1) == 1
+    assert re.search(rf"run +\| {script.removesuffix('.py')}(-\d)? ended with exit status -9", run.output)
+    assert_no_process_is_left(run)
+
+
+def test_after_a_killed_backend_the_next_run_completes_the_file(start_run: StartRun) -> None:
+    first = start_run()
+    first.wait_for_records(20)
+    os.kill(first.parts("backend.py")[0], signal.SIGKILL)
+    first.wait()
+    second = start_run()
+    second.wait_for_records(len(first.shared) + 20)
+    second.press_ctrl_c()
+    assert_each_line_is_there_once(second)
+
+
+def test_a_taken_port_is_one_clear_line(start_run: StartRun) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        run = start_run(BACKEND_PORT=port)
+        assert run.wait() == 1
+    assert_one_line_says(run, port, "in use")
+
+
+def test_an_unreachable_database_is_one_clear_line(start_run: StartRun) -> None:
+    run = start_run(DB_HOST="127.0.0.1", DB_PORT="1")
+    assert run.wait() == 1
+    assert_one_line_says(run, "database", "127.0.0.1", "refused")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("DIRECTORY", "run.py/shared"), ("LOG_FILE", "run.py/logs.txt")], ids=["shared", "journal"]
+)
+def test_an_unwritable_folder_is_one_clear_line(start_run: StartRun, variable: str, value: str) -> None:
+    run = start_run(**{variable: value})
+    assert run.wait() == 1
+    complaints = [line for line in run.output.splitlines() if "ERROR" in line]
+    assert any(variable in line and value in line for line in complaints)
+    assert "Traceback" not in run.output
+    assert_no_process_is_left(run)
+
+
+def test_a_checkout_that_cannot_be_written_to_is_one_clear_line(start_run: StartRun, tmp_path: Path) -> None:
+    (tmp_path / "checkout/var").write_text("a file where the folder should be")
+    run = start_run()
+    assert run.wait() == 1
+    assert_one_line_says(run, str(tmp_path / "checkout/var"))
+    assert len(run.output.splitlines()) == 1
+
+
+def test_a_wrong_setting_is_one_clear_line(start_run: StartRun) -> None:
+    run = start_run(THREADS="many")
+    assert run.wait() == 1
+    assert_one_line_says(run, "THREADS", "many", "2 to 256")
+
+
+def assert_one_line_says(run: Run, *words: str) -> None:
+    """One line of output has all the words, there is no stack trace, and no process is left."""
+    assert any(all(word in line for word in words) for line in run.output.splitlines()), run.output
+    assert "Traceback" not in run.output
+    assert_no_process_is_left(run)

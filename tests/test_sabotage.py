@@ -1,0 +1,220 @@
+"""The oracle notices a broken invariant: each sabotage fails the scenario that the faithful services pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from fakes import FakeBackend, fake_backend, some_lines
+from harness import SERVICES, Postgres, Service, assert_same, backend_command, read_records
+from sabotage import sabotaged
+from waiting import wait_until
+
+Start = Callable[..., Any]
+Scenario = Callable[[Path, Postgres, Start, Start], None]
+STORE = "SELECT first_created FROM store_logs(%s, %s, %s, %s, %s)"
+
+
+def row(number: int) -> list[list[Any]]:
+    return [[f"00000000-0000-8000-8000-{number:012x}"], ["1.2.3.4"], ["GET"], [f"/{number}"], [200]]
+
+
+def early_stamp_late_commit(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
+    """A transaction stamps first and commits last, while an exporter follows."""
+    url = postgres.create_database()
+    backend_command("migrate", url)
+    backend = start_backend(DATABASE_URL=url)
+    start("background.py", URL=backend.data_url, DIRECTORY=str(folder), REQUEST_DELAY=20)
+    shared = folder / "data.txt"
+    with psycopg.connect(url) as early:
+        early.execute(STORE, row(1))
+        with psycopg.connect(url, autocommit=True) as late:
+            thread = threading.Thread(target=late.execute, args=(STORE, row(2)))
+            thread.start()
+            # faithful: the second waits for the first; broken: it is stored and exported before the first commits
+            wait_until(lambda: waits_for_lock(postgres, thread) or (shared.exists() and shared.stat().st_size > 0), 30)
+            early.commit()
+            thread.join(30)
+    with psycopg.connect(url, autocommit=True) as last:
+        last.execute(STORE, row(3))
+    journal = folder / "journal"
+    journal.write_text("".join(f"1.2.3.4 GET /{number} 200\n" for number in (1, 2, 3)))
+    wait_until(lambda: shared.exists() and '"/3"' in shared.read_text(), 30, "the last record")
+    assert_same(journal, read_records(shared))
+
+
+def early_begin_late_store(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
+    """A transaction begins first and stores last, after another one's record has been exported."""
+    url = postgres.create_database()
+    backend_command("migrate", url)
+    backend = start_backend(DATABASE_URL=url)
+    start("background.py", URL=backend.data_url, DIRECTORY=str(folder), REQUEST_DELAY=20)
+    shared = folder / "data.txt"
+    with psycopg.connect(url) as early, psycopg.connect(url, autocommit=True) as late:
+        early.execute("SELECT now()")
+        late.execute(STORE, row(2))
+        wait_until(lambda: shared.exists() and '"/2"' in shared.read_text(), 30, "the record that was stored first")
+        early.execute(STORE, row(1))
+        early.commit()
+        late.execute(STORE, row(3))
+    (folder / "journal").write_text("".join(f"1.2.3.4 GET /{number} 200\n" for number in (1, 2, 3)))
+    wait_until(lambda: '"/3"' in shared.read_text(), 30, "the last record")
+    assert_same(folder / "journal", read_records(shared))
+
+
+def waits_for_lock(postgres: Postgres, thread: threading.Thread) -> bool:
+    with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+        found = connection.execute(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        ).fetchone()
+    return thread.is_alive() and found is not None and found[0] > 0
+
+
+def client_killed_before_the_answer(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
+    """kill -9 of a client whose POST was taken in and neither stored nor answered."""
+    with fake_backend() as fake:
+        serve = hang_up(fake)
+        client = start("client.py", URL=fake.data_url, LOG_FILE=str(folder / "logs.txt"), SOURCE=source(folder, 50))
+        wait_until(lambda: len(fake.requests) > 0, 30, "a POST")
+        client.kill()
+        client.process.wait(10)
+        fake.answer = serve
+        start("client.py", URL=fake.data_url, LOG_FILE=str(folder / "logs.txt"), SOURCE=str(folder / "source"))
+        wait_until(lambda: len(fake.stored) >= 50, 15, "all lines to be stored")
+        assert_same(folder / "logs.txt", fake.records())
+
+
+def answer_lost_after_storing(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
+    """The backend stores a batch, and its answer gets lost."""
+    with fake_backend() as fake:
+        serve = fake.answer
+        lost: list[int] = []
+
+        def lose_the_first(request: Any) -> Any:
+            reply = serve(request)
+            if lost:
+                return reply
+            lost.append(len(request.items))
+            return None
+
+        fake.answer = lose_the_first
+        start("client.py", URL=fake.data_url, LOG_FILE=str(folder / "logs.txt"), SOURCE=source(folder, 50))
+        position = folder / "logs.txt.position"
+        wait_until(lambda: position.exists() and json.loads(position.read_text())["acknowledged"] > 0, 30, "an answer")
+        assert lost == [50]
+        assert_same(folder / "logs.txt", fake.records())
+
+
+def torn_tail_of_a_killed_exporter(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
+    """An exporter died in the middle of a record, holding the lock, whose file it leaves behind."""
+    with fake_backend() as fake:
+        fake.add(some_lines(10))
+        settings = {"URL": fake.data_url, "DIRECTORY": str(folder), "REQUEST_DELAY": 20}
+        shared = folder / "data.txt"
+        first = start("background.py", **settings)
+        wait_until(lambda: shared.exists() and shared.read_bytes().count(b"\n") >= 10, 30, "the first records")
+        first.kill()
+        first.process.wait(10)
+        with shared.open("ab") as file:
+            file.write(b'{"id":"01234567-89ab')
+        (folder / "data.txt.lock").touch()
+        fake.add(some_lines(10, tag="b"))
+        start("background.py", **settings)
+        wait_until(lambda: shared.read_bytes().count(b"\n") >= 20, 10, "the next records")
+        (folder / "journal").write_text("\n".join([*some_lines(10), *some_lines(10, tag="b")]) + "\n")
+        assert_same(folder / "journal", read_records(shared))
+
+
+def two_exporters_one_stopped_in_its_turn(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
+    """An exporter is stopped while it writes; another one has the same records; the first goes on."""
+    with fake_backend() as fake:
+        lines = some_lines(60_000)
+        fake.add(lines)
+        settings = {"URL": fake.data_url, "DIRECTORY": str(folder), "REQUEST_DELAY": 20}
+        shared, lock = folder / "data.txt", folder / "data.txt.lock"
+        first = start("background.py", **settings)
+        wait_until(lambda: stopped_inside(first, lock, shared), 60, "a turn to be stopped in", poll=0.0005)
+        second: Service = start("background.py", **settings)
+        second.wait_for_line("appending to")
+        # a faithful one waits; one that writes beside it does so now
+        wait_until(lambda: len(fake.requests) > 1 or settled(second), 30, "the second to fetch or to wait")
+        wait_until(lambda: settled(second), 30, "the second to have done what it can")
+        os.kill(first.pid, signal.SIGCONT)
+        wait_until(lambda: shared.read_bytes().count(b"\n") >= 60_000, 60, "all records")
+        assert first.end() == 0
+        assert second.end() == 0
+        (folder / "journal").write_text("\n".join(lines) + "\n")
+        assert_same(folder / "journal", read_records(shared))
+
+
+def stopped_inside(service: Service, lock: Path, shared: Path) -> bool:
+    """Stops the service; lets it go on unless it is in its turn with records to write."""
+    if not (lock.exists() and shared.exists()):
+        return False
+    os.kill(service.pid, signal.SIGSTOP)
+    if lock.exists() and shared.stat().st_size > 0:
+        return True
+    os.kill(service.pid, signal.SIGCONT)
+    return False
+
+
+def settled(service: Service) -> bool:
+    """It sleeps: no CPU time goes by between two looks."""
+
+    def used() -> list[str]:
+        return Path(f"/proc/{service.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+
+    before = used()
+    threading.Event().wait(0.5)
+    return before == used()
+
+
+def source(folder: Path, count: int) -> str:
+    (folder / "source").write_text("\n".join(some_lines(count)) + "\n")
+    return str(folder / "source")
+
+
+def hang_up(fake: FakeBackend) -> Any:
+    """Requests are taken in and get no answer; what is to be set as `answer` to serve them again."""
+    serve, fake.answer = fake.answer, lambda request: None
+    return serve
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "created-is-now": early_begin_late_store,
+    "stamp-without-lock": early_stamp_late_commit,
+    "position-before-answer": client_killed_before_the_answer,
+    "id-of-its-own-for-each-try": answer_lost_after_storing,
+    "lock-by-existence": torn_tail_of_a_killed_exporter,
+    "torn-tail-stays": torn_tail_of_a_killed_exporter,
+    "file-is-not-looked-at": two_exporters_one_stopped_in_its_turn,
+}
+
+
+@pytest.mark.parametrize("scenario", sorted(set(SCENARIOS.values()), key=repr))
+def test_faithful_services_pass(
+    scenario: Scenario, tmp_path: Path, postgres: Postgres, start: Start, start_backend: Start
+) -> None:
+    with sabotaged(tmp_path, ""):
+        assert SERVICES[-1] == tmp_path / "services"
+        scenario(folder(tmp_path), postgres, start, start_backend)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_oracle_notices(name: str, tmp_path: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
+    with sabotaged(tmp_path, name), pytest.raises(AssertionError) as raised:
+        SCENARIOS[name](folder(tmp_path), postgres, start, start_backend)
+    print(raised.value)
+
+
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "files"
+    path.mkdir()
+    return path
