@@ -33,7 +33,7 @@ from typing import Any
 
 import psycopg
 from fakes import Proxy
-from harness import SERVICES, Backend, Postgres, Service, line_of, process_state, read_records
+from harness import SERVICES, Backend, Postgres, Service, count_lines, is_stopped, line_of, read_records
 from sabotage import sabotaged
 from waiting import wait_until
 
@@ -166,7 +166,7 @@ class Arena:
         with slot.lock:
             pid = slot.service.pid
             os.kill(pid, signal.SIGSTOP)
-            wait_until(lambda: process_state(pid)[0] == "T", 5, "the process to stop")
+            wait_until(lambda: is_stopped(pid), 5, "the process to stop")
             threading.Event().wait(strike.seconds * 2)
             os.kill(pid, signal.SIGCONT)
         return f"{pid} was stopped"
@@ -389,13 +389,6 @@ def unlinked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def count_lines(path: Path) -> int:
-    try:
-        return path.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
 
 
 def same(wanted: dict[str, str], found: dict[str, str], left: str, right: str) -> None:

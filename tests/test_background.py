@@ -10,24 +10,18 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import NDJSON, Answer, FakeBackend, Reply, Request, fake_backend, post_lines, proxy_to, refusal, some_lines
-from harness import Backend, Service, held, read_records
+from fakes import NDJSON, Answer, FakeBackend, Reply, Request, post_lines, proxy_to, refusal, some_lines
+from harness import Backend, Service, count_lines, held, is_stopped, kill, read_records
 from waiting import wait_until
 
 StartExporter = Callable[..., Service]
 MIB = 1024**2
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeBackend]:
-    with fake_backend() as one:
-        yield one
 
 
 @pytest.fixture
@@ -54,10 +48,6 @@ def export(start: Callable[..., Service], file: Path) -> StartExporter:
     return start_exporting
 
 
-def count_lines(*files: Path) -> int:
-    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
-
-
 def assert_exported(backend: Backend | FakeBackend, *files: Path) -> None:
     """The files, one after the other, come to hold what the database holds, record by record, and no more."""
     records = backend.records()
@@ -66,15 +56,6 @@ def assert_exported(backend: Backend | FakeBackend, *files: Path) -> None:
     assert read_records(*files) == records
     created = [record["created"] for record in records]
     assert created == sorted(set(created))
-
-
-def kill(service: Service) -> None:
-    service.kill()
-    service.process.wait(20)
-
-
-def is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
 
 
 def is_held(lock: Path) -> bool:

@@ -18,23 +18,12 @@ from typing import Any
 
 import pytest
 from fakes import PROBLEM, Answer, FakeBackend, Reply, Request, fake_backend, proxy_to, refusal, some_lines
-from harness import ROOT, Backend, Service, assert_same, clean_environment, line_of
+from harness import ROOT, Backend, Service, assert_same, clean_environment, kill, line_of, peak_memory_bytes
 from waiting import wait_until
 
 Start = Callable[..., Service]
 DATA = Path(__file__).parent / "data"
 MIB = 1024**2
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeBackend]:
-    with fake_backend() as one:
-        yield one
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Path:
-    return tmp_path / "logs.txt"
 
 
 @pytest.fixture
@@ -61,11 +50,6 @@ def write_lines(path: Path, lines: list[str]) -> None:
     path.write_bytes(b"".join(line.encode() + b"\n" for line in lines))
 
 
-def kill(service: Service) -> None:
-    service.kill()
-    service.process.wait(20)
-
-
 def wait_for_records(backend: Backend | FakeBackend, count: int) -> list[dict[str, Any]]:
     wait_until(lambda: len(backend.records()) >= count, 40, f"{count} records", poll=0.1)
     return backend.records()
@@ -82,12 +66,6 @@ def assert_delivered(lines: list[str], journal: Path, backend: Backend | FakeBac
 def rejected(journal: Path) -> list[dict[str, str]]:
     file = journal.with_name(f"{journal.name}.rejected")
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def peak_memory_bytes(pid: int) -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024
 
 
 # ---- Generated lines ----------------------------------------------------------------------------------------------

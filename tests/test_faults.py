@@ -32,7 +32,21 @@ import psycopg
 import pytest
 import requests
 from fakes import FakeBackend, fake_backend, proxy_to, some_lines
-from harness import ROOT, Backend, Postgres, Service, assert_same, children_of, is_running, process_state, read_records
+from harness import (
+    ROOT,
+    Backend,
+    Postgres,
+    Service,
+    assert_same,
+    children_of,
+    count_lines,
+    driver,
+    is_running,
+    is_stopped,
+    kill,
+    read_records,
+    stop,
+)
 from waiting import wait_until
 
 Start = Callable[..., Service]
@@ -51,49 +65,7 @@ SELECT pid
 # ---- Processes ------------------------------------------------------------------------------------------------------
 
 
-def kill(service: Service) -> None:
-    assert service.process.poll() is None, f"ended by itself before it was killed:\n{service.printed}"
-    service.kill()
-    service.process.wait(20)
-
-
-def stop(*pids: int) -> None:
-    """SIGSTOP; returns when all have stopped."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: all(process_state(pid)[0] == "T" for pid in pids), what=f"the stop of {pids}")
-
-
-def driver(folder: Path, name: str, text: str) -> str:
-    """A program that may import the services; start(driver(...)) runs it."""
-    path = folder / name
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{text}")
-    return str(path)
-
-
 # ---- Files ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Path:
-    return tmp_path / "logs.txt"
-
-
-@pytest.fixture
-def shared(tmp_path: Path) -> Path:
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    return folder / "data.txt"
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeBackend]:
-    with fake_backend() as one:
-        yield one
-
-
-def count_lines(*files: Path) -> int:
-    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
 
 
 def grow(file: Path, lines: int) -> None:
@@ -221,11 +193,13 @@ def tiny_disk(tmp_path: Path) -> Iterator[Callable[[str], TinyDisk]]:
 # ---- Killed backends ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("moment", "workers"), [("before", 1), ("in", 1), ("in", 2), ("after", 1)])
+@pytest.mark.parametrize(
+    ("moment", "workers"), [(moment, workers) for moment in ("before", "in", "after") for workers in (1, 2)]
+)
 def test_kill_9_of_a_backend_before_in_and_after_the_commit_stores_each_line_once(
     start: Start, start_backend: StartBackend, journal: Path, tmp_path: Path, moment: str, workers: int
 ) -> None:
-    """With two workers it is their parent that is killed: they end after it."""
+    """With two workers it is their parent that is killed: they end after it, with what they have in hand."""
     source = tmp_path / "access.log"
     source.write_text("".join(f"{line}\n" for line in some_lines(500)))
     backend = start_backend(WORKERS=workers)
@@ -249,6 +223,7 @@ def test_kill_9_of_a_backend_before_in_and_after_the_commit_stores_each_line_onc
             wait_until(waiting, SECONDS, "a statement that is about to store")
             if moment == "before":  # its transaction never commits
                 kill(backend)
+                wait_until(lambda: not any(map(is_running, processes)), SECONDS, "the end of the workers")
                 watcher.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ANY(%s)",
                                 [[pid for (pid,) in waiting()]])  # fmt: skip
                 wait_until(lambda: not waiting(), SECONDS, "the end of the statement")
@@ -259,10 +234,12 @@ def test_kill_9_of_a_backend_before_in_and_after_the_commit_stores_each_line_onc
                 holder.rollback()
                 wait_until(lambda: count_stored() == 500, SECONDS, "the commit")
             else:  # the answer of the database is there, and nobody reads it
-                stop(backend.pid)
+                stop(*processes)
                 holder.rollback()
                 wait_until(lambda: count_stored() == 500, SECONDS, "the commit")
                 kill(backend)
+                for worker in processes[1:]:
+                    os.kill(worker, signal.SIGCONT)
 
     wait_until(lambda: not any(map(is_running, processes)), SECONDS, "the end of the workers")
     again = start_backend(DATABASE_URL=backend.database_url, BACKEND_PORT=urlsplit(backend.url).port, WORKERS=workers)
@@ -383,7 +360,7 @@ def test_an_instance_stopped_between_making_the_lock_file_and_locking_it_lets_ot
     lock = shared.with_name("data.txt.lock")
     fake.add(some_lines(3000))
     sleeper = start(driver(tmp_path, "stopped.py", STOPPED_BEFORE_LOCKING), **settings)
-    wait_until(lambda: process_state(sleeper.pid)[0] == "T", what="the stop")
+    wait_until(lambda: is_stopped(sleeper.pid), what="the stop")
     assert lock.exists()
     inode = lock.stat().st_ino
 
@@ -588,8 +565,9 @@ def test_a_full_disk_under_the_journal_or_for_its_position_costs_no_line_and_mak
     again.wait_for_line("stopped.* 0 bytes left")
     assert_same(journal, fake.records())
     if what == "names":
-        sent_again = {item["id"] for item in fake.requests[posts].items}
-        assert sent_again & {item["id"] for request in fake.requests[:posts] for item in request.items}
+        before, after = fake.requests[:posts], fake.requests[posts:]  # the dead one's last request may be in either
+        ids_before, ids_after = ({item["id"] for request in part for item in request.items} for part in (before, after))
+        assert len(ids_before & ids_after) >= 200  # all behind the stale position was sent again
 
 
 @pytest.mark.parametrize("what", ["room", "names"])

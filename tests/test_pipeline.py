@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fakes import Proxy, proxy_to
-from harness import Backend, Service, assert_same, line_of, read_records
+from harness import Backend, Service, assert_same, count_lines, line_of, read_records
 from waiting import wait_until
 
 Start = Callable[..., Service]
@@ -36,18 +36,9 @@ def combined_log(count: int, first: int = 0) -> tuple[str, list[str]]:
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Path:
-    return tmp_path / "shared" / "data.txt"
-
-
-@pytest.fixture
 def export(start: Start, shared: Path) -> Callable[[str], Service]:
     """Starts an exporter from an address."""
     return lambda url: start("background.py", URL=url, DIRECTORY=shared.parent, REQUEST_DELAY=50)
-
-
-def count_lines(*files: Path) -> int:
-    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
 
 
 def test_a_followed_access_log_is_in_the_shared_file_line_by_line_in_its_order_and_in_the_records_shape(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import socket
 import subprocess
@@ -24,8 +23,8 @@ import psycopg
 import pytest
 import requests
 from fakes import some_lines
-from harness import Backend, Postgres, Service, held, line_of
-from test_faults import assert_equal_everywhere, count_lines, driver, grow, stop, store_many
+from harness import Backend, Postgres, Service, count_lines, driver, held, line_of, peak_memory_bytes, stop
+from test_faults import assert_equal_everywhere, grow, store_many
 from waiting import wait_until
 
 Start = Callable[..., Service]
@@ -56,24 +55,6 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     if cluster.running:
         cluster.resume()
         cluster.stop("immediate")
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Path:
-    return tmp_path / "logs.txt"
-
-
-@pytest.fixture
-def shared(tmp_path: Path) -> Path:
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    return folder / "data.txt"
-
-
-def peak_memory_bytes(pid: int) -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024
 
 
 # ---- PostgreSQL in trouble ------------------------------------------------------------------------------------------
