@@ -74,6 +74,10 @@ test-slow: $(TEST_READY) ## Faults and backlogs that take their time: 5 minutes
 chaos: $(TEST_READY) ## Strike the whole pipeline with faults under load, then compare all lines; MINUTES=10 SEED=1
 	@PYTHONPATH=. $(VENV)/bin/python -W ignore tests/chaos.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
+.PHONY: bench
+bench: $(TEST_READY) bench-tools ## Measure against what people would use instead; ROUNDS=3 ONLY="1 4" for some rows
+	@PYTHONPATH=.:tests $(VENV)/bin/python -W ignore bench/bench.py --rounds $(or $(ROUNDS),3) $(if $(ONLY),--only $(ONLY))
+
 .PHONY: lint
 lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict
 	@$(VENV)/bin/ruff check .
@@ -89,6 +93,19 @@ chromium:
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	else \
 	  echo "the test of /docs needs Chromium: install it (Debian: sudo apt-get install chromium)" >&2; \
+	  exit 1; \
+	fi
+
+.PHONY: bench-tools
+bench-tools:
+	@if command -v wrk >/dev/null && command -v rsyslogd >/dev/null && command -v curl >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing the references of the benchmarks"; \
+	  apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    wrk rsyslog rsyslog-pgsql curl >/dev/null; \
+	else \
+	  echo "the benchmarks need these: sudo apt-get install wrk rsyslog rsyslog-pgsql curl" >&2; \
 	  exit 1; \
 	fi
 

@@ -283,7 +283,8 @@ def assert_same(journal: Path, records: list[dict[str, Any]]) -> None:
     """The oracle: the multiset of journalled lines equals that of the records; ids are unique, `created` increases."""
     lines = Counter(journal.read_text().splitlines())
     stored = Counter(map(line_of, records))
-    assert stored == lines, f"missing: {lines - stored}, too many: {stored - lines}"
+    missing, extra = ((part.total(), list(part)[:5]) for part in (lines - stored, stored - lines))
+    assert stored == lines, f"missing: {missing[0]}, such as {missing[1]}; too many: {extra[0]}, such as {extra[1]}"
     created = [record["created"] for record in records]
     assert created == sorted(set(created)), "created does not strictly increase"
     assert len({record["id"] for record in records}) == len(records), "an id stands twice"
