@@ -31,6 +31,7 @@ import typing
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -41,8 +42,10 @@ import falcon
 import psycopg
 import waitress
 import waitress.channel
+import waitress.parser
 import waitress.task
 import yoyo
+from psycopg.abc import Buffer
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 HERE = Path(__file__).resolve().parent
@@ -64,7 +67,10 @@ EMBEDDED_START_SECONDS = 60.0
 SLOT_SECONDS = 2.0  # a GET waits so long for one of the reading sessions
 STALL_SECONDS = 60  # a reader that takes no byte of its reply for so long is cut off
 SHUTDOWN_SECONDS = 5.0  # for the requests in hand after SIGTERM
+GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
+GATHER_REQUESTS = 64  # a group of so many is large enough
 LOOP_SECONDS = 0.5  # how late a signal may be noticed
+QUICK_BYTES = 4096  # a POST up to this size is read in 0.1 ms or less
 CONNECTION_LIMIT = 4096  # client connections of one process
 
 # ---- SQL ------------------------------------------------------------------------------------------------------------
@@ -99,40 +105,43 @@ SELECT least(%(date_to)s::timestamptz,
              greatest(%(date_from)s::timestamptz, (SELECT max(created) + interval '1 microsecond' FROM logs)))
 """
 
-LIMITED_END = """
+# fmt: off
+PART = """
+  WITH part AS (
+           SELECT id, created, ip, method, uri, status_code
+             FROM logs
+            WHERE created >= %(date_from)s
+              AND created < %(date_to)s
+              AND (%(method)s::text IS NULL OR method = %(method)s)
+              AND (%(status_code)s::smallint IS NULL OR status_code = %(status_code)s)
+              AND (%(ip)s::inet IS NULL OR ip = %(ip)s)
+            ORDER BY created
+            LIMIT %(rows)s
+       )
+"""
+
+LIMITED_END = PART + """
 SELECT count(*), max(created) + interval '1 microsecond'
-  FROM (SELECT created
-          FROM logs
-         WHERE created >= %(date_from)s
-           AND created < %(date_to)s
-           AND (%(method)s::text IS NULL OR method = %(method)s)
-           AND (%(status_code)s::smallint IS NULL OR status_code = %(status_code)s)
-           AND (%(ip)s::inet IS NULL OR ip = %(ip)s)
-         ORDER BY created
-         LIMIT %(limit)s) AS page
+  FROM part
 """
 
 # PostgreSQL writes the JSON, Python passes it on. A method is a token and has nothing to escape; a URI may.
-FETCH_PART = """
+# string_agg takes the rows as they come, and those of a subquery come in its order.
+FETCH_PART = PART + """
 SELECT count(*), max(created) + interval '1 microsecond',
-       convert_to(string_agg(record, %(separator)s ORDER BY created), 'UTF8')
-  FROM (SELECT created,
-               '{"id":"' || id
-               || '","created":"' || to_char(created AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
-               || '","log":{"ip":"' || host(ip)
-               || '","method":"' || method
-               || '","uri":' || to_json(uri)
-               || ',"status_code":' || status_code
-               || '}}' AS record
-          FROM logs
-         WHERE created >= %(date_from)s
-           AND created < %(date_to)s
-           AND (%(method)s::text IS NULL OR method = %(method)s)
-           AND (%(status_code)s::smallint IS NULL OR status_code = %(status_code)s)
-           AND (%(ip)s::inet IS NULL OR ip = %(ip)s)
-         ORDER BY created
-         LIMIT %(rows)s) AS part
+       string_agg(
+           '{"id":"' || id
+           || '","created":"' || to_char(created AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+           || '","log":{"ip":"' || host(ip)
+           || '","method":"' || method
+           || '","uri":' || to_json(uri)
+           || ',"status_code":' || status_code
+           || '}}',
+           %(separator)s
+       )
+  FROM part
 """
+# fmt: on
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
@@ -210,45 +219,23 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 
 # ---- A line ---------------------------------------------------------------------------------------------------------
 
-# Python's re and ECMA-262 read these alike: openapi.json has LINE and MOMENT, and a test compares.
-OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-IPV4 = rf"(?:{OCTET}\.){{3}}{OCTET}"
-H16 = r"[0-9A-Fa-f]{1,4}"
-LS32 = rf"(?:{H16}:{H16}|{IPV4})"  # the last 32 bits may be written as IPv4
-
-
-def up_to(groups: int) -> str:
-    """What may follow a double colon: none to that many groups."""
-    return rf"(?:(?:{H16}:){{0,{groups - 2}}}{LS32}|{H16})?"
-
-
-# Eight groups, or a double colon for at least one of them (RFC 4291, section 2.2)
-IPV6 = (
-    rf"(?:{H16}:"
-    rf"(?:(?:{H16}:){{5}}{LS32}|:{up_to(6)}|{H16}::{up_to(5)}|(?:{H16}:){{2}}:{up_to(4)}|(?:{H16}:){{3}}:{up_to(3)}"
-    rf"|(?:{H16}:){{4}}:{up_to(2)}|(?:{H16}:){{5}}:(?:{H16})?|(?:{H16}:){{6}}:)"
-    rf"|::{up_to(7)})"
-)
-IP = f"(?:{IPV4}|{IPV6})"
 METHOD = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}"
-# Everything but white space and control characters. \ud7ff-\ue000 shuts out the surrogates between them, together with
-# these two, one unassigned and one for private use: Rust knows no surrogates, so a range may not begin with one.
+# Everything but white space, control characters and surrogates
 VISIBLE = r"[^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ud7ff-\ue000\ufeff]"
-# The length is checked apart: a limit in bytes is not for a pattern, and {0,8191} is beyond what Rust's engine takes
-URI = rf"(?:/{VISIBLE}*|[A-Za-z][A-Za-z0-9+.\-]*:{VISIBLE}+)"
+URI = rf"(?:/{VISIBLE}*|[A-Za-z][A-Za-z0-9+.\-]*:{VISIBLE}+)"  # its length is checked apart, as it is in bytes
 STATUS = r"[1-5][0-9]{2}"
-LINE = re.compile(rf"^[ \t\r\n]*({IP})[ \t]+({METHOD})[ \t]+({URI})[ \t]+({STATUS})[ \t\r\n]*$")
-UUID = "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
+LINE = re.compile(rf"[ \t\r\n]*([0-9A-Fa-f.:]+)[ \t]+({METHOD})[ \t]+({URI})[ \t]+({STATUS})[ \t\r\n]*")
+UUID = re.compile("[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+
+Row = tuple[str, ...]  # a record as the database takes it: id, ip, method, uri, status_code
 
 
-class Row(NamedTuple):
-    """One record as the database takes it."""
-
-    id: str
-    ip: str
-    method: str
-    uri: str
-    status_code: str
+def is_address(text: str) -> bool:
+    """IPv4 in four decimal numbers, or IPv6 (RFC 4291, section 2.2)."""
+    try:
+        return bool(socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text))
+    except (OSError, ValueError):
+        return False
 
 
 class BadLine(ValueError):
@@ -257,11 +244,11 @@ class BadLine(ValueError):
 
 def parse_line(text: str, record_id: str) -> Row:
     """The row for `IP METHOD URI STATUS`. Raises BadLine with what to mend."""
-    line = text.strip(" \t\r\n")
-    found = LINE.fullmatch(line)
-    if found is None or (len(line) > MAX_URI_BYTES / 4 and len(found[3].encode()) > MAX_URI_BYTES):
-        raise BadLine(what_is_wrong(line))
-    return Row(record_id, *found.groups())
+    found = LINE.fullmatch(text)
+    long = len(text) > MAX_URI_BYTES / 4
+    if found is None or not is_address(found[1]) or (long and len(found[3].encode()) > MAX_URI_BYTES):
+        raise BadLine(what_is_wrong(text.strip(" \t\r\n")))
+    return (record_id, *found.groups())
 
 
 def what_is_wrong(line: str) -> str:
@@ -273,31 +260,34 @@ def what_is_wrong(line: str) -> str:
     values = re.split(r"[ \t]+", line) if line else []
     if len(values) != 4:
         return f"expected the 4 fields IP METHOD URI STATUS, found {len(values)}"
-    for name, pattern, value in zip(
-        ("IP address", "method", "URI", "status"), (IP, METHOD, URI, STATUS), values, strict=True
-    ):
+    if not is_address(values[0]):
+        return f"{values[0][:80]!r} is not a valid IP address"
+    for name, pattern, value in zip(("method", "URI", "status"), (METHOD, URI, STATUS), values[1:], strict=True):
         if not re.fullmatch(pattern, value):
             return f"{value[:80]!r} is not a valid {name}"
     return f"the URI is longer than {MAX_URI_BYTES} bytes"
 
 
-def parse_item(item: Any) -> Row:
+def parse_item(item: Any, new_id: str) -> Row:
     """The row for one object of a POST, {"log": line} with an optional "id". Raises BadLine."""
     if not isinstance(item, dict) or not isinstance(item.get("log"), str):
         raise BadLine('expected an object {"log": "IP METHOD URI STATUS"}')
-    if unknown := item.keys() - {"log", "id"}:
-        raise BadLine(f'unknown member {min(unknown)[:80]!r}; only "log" and "id" are known')
-    record_id = item["id"] if "id" in item else new_id()
-    if not isinstance(record_id, str) or not re.fullmatch(UUID, record_id):
+    if len(item) > 1 + ("id" in item):
+        unknown = min(item.keys() - {"log", "id"})
+        raise BadLine(f'unknown member {unknown[:80]!r}; only "log" and "id" are known')
+    record_id = item.get("id", new_id)
+    if not isinstance(record_id, str) or not UUID.fullmatch(record_id):
         raise BadLine('"id" is not a UUID of the form 01234567-89ab-cdef-0123-456789abcdef')
     return parse_line(item["log"], record_id.lower())
 
 
-def new_id() -> str:
-    """A UUID version 7 (RFC 9562): ids made one after the other lie side by side in the index."""
-    value = time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10), "big")
-    text = f"{value & ~(0xF << 76) & ~(0x3 << 62) | 0x7 << 76 | 0x2 << 62:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+def new_ids(count: int) -> list[str]:
+    """UUIDs version 7 (RFC 9562): ids made one after the other lie side by side in the index."""
+    time_ms, dice = f"{time.time_ns() // 1_000_000:012x}", os.urandom(9 * count).hex()
+    return [
+        f"{time_ms[:8]}-{time_ms[8:]}-7{dice[n : n + 3]}-8{dice[n + 3 : n + 6]}-{dice[n + 6 : n + 18]}"
+        for n in range(0, 18 * count, 18)
+    ]
 
 
 # ---- Dates ----------------------------------------------------------------------------------------------------------
@@ -306,36 +296,31 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FIRST, LAST = datetime(1000, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 
-# A day that exists, of the years 1000 to 9999
-DAY = (
-    r"[1-9][0-9]{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
-    r"|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
-    r"|02-(?:0[1-9]|1[0-9]|2[0-8]))"
-    r"|[1-9][0-9](?:0[48]|[2468][048]|[13579][26])-02-29"
-    r"|(?:[2468][048]|[13579][26])00-02-29"
-)
-CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:\.[0-9]{1,12})?)?"
 # (day)(hours, minutes, seconds, fraction)(offset). A + that was not escaped arrives as a space.
-ISO_DATE = rf"({DAY})(?:[Tt ]({CLOCK})([Zz]|[+ \-](?:[01][0-9]|2[0-3]):?[0-5][0-9])?)?"
+ISO_DATE = (
+    r"([1-9][0-9]{3}-[0-9]{2}-[0-9]{2})"
+    r"(?:[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,12})?)?)([Zz]|[+ \-][0-9]{2}:?[0-5][0-9])?)?"
+)
 # (seconds)(fraction): ten digits last to the year 2286; milliseconds have thirteen and are told apart
 UNIX_SECONDS = r"(-?[0-9]{1,10})(?:\.([0-9]{1,12}))?"
-MOMENT = rf"^(?:{ISO_DATE}|{UNIX_SECONDS})$"
+MOMENT = re.compile(rf"{ISO_DATE}|{UNIX_SECONDS}")
 
 
 def parse_date(text: str) -> datetime:
-    """A moment from what MOMENT matches, to the microsecond (further digits are cut), in the years 1000 to 9999."""
-    day, clock, offset, seconds, fraction = re.fullmatch(MOMENT, text).groups(default="")  # type: ignore[union-attr]
+    """A moment of the years 1000 to 9999, to the microsecond (further digits are cut). Raises ValueError."""
+    found = MOMENT.fullmatch(text)
+    if found is None:
+        raise ValueError(text)
+    day, clock, offset, seconds, fraction = found.groups(default="")
     if seconds:
         sign = -1 if seconds[0] == "-" else 1
-        moment = EPOCH + sign * timedelta(seconds=abs(int(seconds)), microseconds=int(fraction[:6].ljust(6, "0")))
-        return max(moment, FIRST)
-    clock, _, fraction = clock.partition(".")
-    moment = datetime.fromisoformat(f"{day}T{clock or '00:00'}+00:00")
-    moment += timedelta(microseconds=int(fraction[:6].ljust(6, "0")))
-    ahead = timedelta(hours=int(offset[1:3]), minutes=int(offset[-2:])) if offset[1:] else timedelta()
-    if offset[:1] == "-":  # an unescaped + arrives as a space
-        return moment + min(ahead, LAST - moment)
-    return moment - min(ahead, moment - FIRST)
+        return EPOCH + sign * timedelta(seconds=abs(int(seconds)), microseconds=int(fraction[:6].ljust(6, "0")))
+    offset = offset.replace(" ", "+").upper() or "Z"
+    moment = datetime.fromisoformat(f"{day}T{clock or '00:00'}{offset}")
+    try:
+        return max(moment.astimezone(UTC), FIRST)
+    except OverflowError:
+        return LAST
 
 
 def format_date(moment: datetime) -> str:
@@ -381,6 +366,15 @@ class Outage:
                 log.info("%s works again after %.1f s", self._what, time.monotonic() - since)
 
 
+class RawText(psycopg.adapt.Loader):
+    """Text as the bytes that came: it is passed on unread."""
+
+    format = psycopg.pq.Format.BINARY
+
+    def load(self, data: Buffer) -> bytes:
+        return bytes(data)
+
+
 class Database:
     """Sessions of one PostgreSQL. Safe to use from any thread."""
 
@@ -403,7 +397,9 @@ class Database:
             keepalives_idle=10,
             keepalives_interval=5,
             keepalives_count=3,
+            client_encoding="UTF8",
         )
+        connection.adapters.register_loader("text", RawText)
         connection.execute(SETUP_SESSION, {"statement_timeout": f"{statement_seconds:.0f}s"})
         return connection
 
@@ -475,20 +471,23 @@ class Session:
 
 @dataclass
 class Ticket:
-    """The lines of one POST on their way to disk, and what became of them."""
+    """The lines of one POST on their way to disk, what became of them, and how to say so."""
 
     rows: Sequence[Row]
-    done: threading.Event = field(default_factory=threading.Event)
+    answer: Callable[[Ticket], tuple[str, Mapping[str, Any]]]  # status and body, if all went well
+    since: float = field(default_factory=time.monotonic)
+    is_settled: bool = False  # the rest stands, and `settled` has been called or is being called
+    settled: Callable[[], Any] = lambda: None
     first_created: datetime = EPOCH  # of the first row; the n-th has n µs more
     repeated: dict[int, datetime] = field(default_factory=dict)  # position -> when its id was stored first
     error: Exception | None = None
 
 
 class GroupCommit:
-    """One thread that stores what all request threads have queued, in one statement and one commit for all.
+    """One thread that stores what all requests have queued, in one statement and one commit for all.
 
     Why no line is lost or stored twice:
-      * A ticket is answered well only after its statement returned, and in autocommit mode a statement returns after
+      * A ticket is settled well only after its statement returned, and in autocommit mode a statement returns after
         its commit is on disk. Everything else is answered by 503.
       * Ids exist before the insert. If the answer to a commit was lost, the statement is repeated with the same ids:
         rows that are there already are found as repeated, the others are stored.
@@ -504,40 +503,41 @@ class GroupCommit:
         self._wake = threading.Condition()  # guards all below
         self._queue: deque[Ticket] = deque()
         self._queued_lines = 0
-        self._working_since = 0.0  # a group is in hand; 0: none is
+        self._group: list[Ticket] = []  # in hand
+        self._working_since = 0.0  # 0: no group is in hand
         self._down = False  # the last attempt failed: until one succeeds, only one group at a time may try
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
         self._thread.start()
 
-    def store(self, rows: Sequence[Row]) -> Ticket:
-        """Blocks until the rows are on disk. Raises Unavailable: then they may or may not have been stored."""
-        ticket = Ticket(rows)
+    def submit(self, ticket: Ticket) -> None:
+        """Has the rows stored, and does not wait: the ticket is settled within STORE_SECONDS and a little, or at once
+        if the rows cannot be taken. Settled with Unavailable, they may or may not have been stored."""
         with self._wake:
             stuck = self._working_since and time.monotonic() - self._working_since > 2 * STORE_SECONDS
             if stuck or self._closing.is_set() or (self._down and (self._working_since or self._queue)):
-                raise Unavailable("The database does not answer; nothing was stored. Send the same request again.")
-            if self._queued_lines and self._queued_lines + len(rows) > QUEUE_LINES:
-                raise Unavailable("Too many lines are waiting; nothing was stored. Send the same request again.")
-            self._queue.append(ticket)
-            self._queued_lines += len(rows)
-            self._wake.notify()
-        if not ticket.done.wait(STORE_SECONDS):
-            self._give_up(ticket)
-        if ticket.error is not None:
-            raise ticket.error
-        return ticket
+                refusal = "The database does not answer; nothing was stored. Send the same request again."
+            elif self._queued_lines and self._queued_lines + len(ticket.rows) > QUEUE_LINES:
+                refusal = "Too many lines are waiting; nothing was stored. Send the same request again."
+            else:
+                self._queue.append(ticket)
+                self._queued_lines += len(ticket.rows)
+                self._wake.notify()
+                return
+        self._settle([ticket], Unavailable(refusal))
 
-    def _give_up(self, ticket: Ticket) -> None:
-        """The time of a request is over. A statement that hangs is cut loose, so that its thread can reconnect."""
+    def give_up_late(self) -> None:
+        """Called every second or so: settles what has waited for STORE_SECONDS. A statement that hangs is cut loose, so
+        that its thread can reconnect."""
+        latest = time.monotonic() - STORE_SECONDS
         with self._wake:
-            if ticket in self._queue:
-                self._queue.remove(ticket)
-                self._queued_lines -= len(ticket.rows)
-            if not ticket.done.is_set():
-                ticket.error = Unavailable("Not confirmed in time. Send the same request again, under the same id.")
-            if self._connection is not None and time.monotonic() - self._working_since >= STORE_SECONDS:
+            late = [ticket for ticket in self._group if ticket.since < latest]
+            while self._queue and self._queue[0].since < latest:
+                late.append(self._queue.popleft())
+                self._queued_lines -= len(late[-1].rows)
+            if self._connection is not None and self._working_since and self._working_since < latest:
                 cut_loose(self._connection)
+        self._settle(late, Unavailable("Not confirmed in time. Send the same request again, under the same id."))
 
     def close(self, seconds: float) -> int:
         """Stores what is queued, within that time; the number of lines left without an answer."""
@@ -553,19 +553,21 @@ class GroupCommit:
                 self._store(tickets)
             except Exception as error:
                 log.exception("storing failed")
-                self._answer(tickets, error)
+                self._settle(tickets, error)
+            if 1 < len(tickets) < GATHER_REQUESTS:
+                time.sleep(GATHER_SECONDS)
 
     def _take(self) -> list[Ticket]:
         """All that is queued, as one group. Empty at the end."""
         with self._wake:
-            self._working_since = 0.0
+            self._working_since, self._group = 0.0, []
             while not self._queue and not self._closing.is_set():
                 self._wake.wait()
             group: list[Ticket] = []
             while self._queue and sum(len(ticket.rows) for ticket in group) < MAX_BATCH_LINES:
                 group.append(self._queue.popleft())
                 self._queued_lines -= len(group[-1].rows)
-            self._working_since = time.monotonic()
+            self._working_since, self._group = time.monotonic(), group
             return group
 
     def _store(self, tickets: list[Ticket]) -> None:
@@ -573,11 +575,11 @@ class GroupCommit:
         try:
             first_created, repeated = self._store_rows([row for ticket in tickets for row in ticket.rows])
         except Unavailable as error:
-            self._answer(tickets, error)
+            self._settle(tickets, error)
             return
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             if len(tickets) == 1:
-                self._answer(tickets, BadLine(f"the database refuses it: {one_line(error)}"))
+                self._settle(tickets, BadLine(f"the database refuses it: {one_line(error)}"))
                 return
             for ticket in tickets:
                 self._store([ticket])
@@ -588,7 +590,7 @@ class GroupCommit:
             ticket.first_created = first_created + start * MICROSECOND
             ticket.repeated = {n - start: created for n, created in repeated.items() if start <= n < end}
             start = end
-        self._answer(tickets)
+        self._settle(tickets)
 
     def _store_rows(self, rows: Sequence[Row]) -> tuple[datetime, dict[int, datetime]]:
         """One statement, repeated under the same ids until its outcome is known or its time is over.
@@ -620,11 +622,14 @@ class GroupCommit:
                 self._outage.end()
                 return row[0], {n - 1: created for n, created in zip(row[1] or (), row[2] or (), strict=True)}
 
-    def _answer(self, tickets: Sequence[Ticket], error: Exception | None = None) -> None:
-        with self._wake:
-            for ticket in tickets:
-                ticket.error = ticket.error or error
-                ticket.done.set()
+    def _settle(self, tickets: Sequence[Ticket], error: Exception | None = None) -> None:
+        """Each ticket is settled once: one that came too late may be in the hands of two threads."""
+        for ticket in tickets:
+            with self._wake:
+                if ticket.is_settled:
+                    continue
+                ticket.is_settled, ticket.error = True, error
+            ticket.settled()
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
@@ -702,6 +707,63 @@ def parse_json(text: str) -> Any:
         raise BadRequest(f"The body is not valid JSON: {error}.") from None
 
 
+TICKET = "backend.ticket"  # in the WSGI environment: None, or what became of the request's lines
+
+
+class Waiting(BaseException):
+    """The request waits for its lines to be stored by `commits`. Not an Exception: those become answers."""
+
+    def __init__(self, ticket: Ticket, commits: GroupCommit) -> None:
+        self.ticket, self.commits = ticket, commits
+
+
+def read_post(request: falcon.Request) -> Ticket:
+    """The lines of a POST, and what to answer when they are stored. Raises 400, 413, 415."""
+    kind, text = read_body(request)
+    if kind == "text/plain":
+        lines = text.removesuffix("\n").split("\n") if text else []  # nothing but a line feed ends a line
+        return read_batch(lines, parse_line)
+    document = parse_json(text)
+    if isinstance(document, list):
+        return read_batch(document, parse_item)
+    [new_id] = new_ids(1)
+    row = parse_item(document, new_id)
+
+    def answer(ticket: Ticket) -> tuple[str, dict[str, Any]]:
+        known = ticket.repeated.get(0)
+        status = falcon.HTTP_200 if known and "id" in document else falcon.HTTP_201
+        return status, {"id": row[0], "created": format_date(known or ticket.first_created)}
+
+    return Ticket([row], answer)
+
+
+def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket:
+    """The good lines of a batch, which are stored in one transaction; the answer names the bad ones. Raises 400."""
+    if not 0 < len(items) <= MAX_BATCH_LINES:
+        raise BadRequest(f"A batch has 1 to {MAX_BATCH_LINES} lines; this one has {len(items)}.")
+    rows: dict[str, Row] = {}
+    rejected, repeated = [], 0
+    for index, (item, new_id) in enumerate(zip(items, new_ids(len(items)), strict=True)):
+        try:
+            row = parse(item, new_id)
+            earlier = rows.setdefault(row[0], row)
+            if earlier is not row:
+                if earlier != row:
+                    raise BadLine("its id stands for a different line earlier in this batch")
+                repeated += 1
+        except BadLine as error:
+            rejected.append({"index": index, "reason": str(error)})
+    if not rows:
+        raise BadRequest("No line of this batch can be stored; each has its reason.", rejected=rejected)
+
+    def answer(ticket: Ticket) -> tuple[str, dict[str, Any]]:
+        duplicates = repeated + len(ticket.repeated)
+        accepted = len(items) - len(rejected) - duplicates
+        return falcon.HTTP_201, {"accepted": accepted, "duplicates": duplicates, "rejected": rejected}
+
+    return Ticket(list(rows.values()), answer)
+
+
 class DataResource:
     """/api/data: POST stores lines, GET returns windows of records."""
 
@@ -710,41 +772,14 @@ class DataResource:
         self._commits = commits
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        kind, text = read_body(request)
-        if kind == "text/plain":
-            lines = text.removesuffix("\n").split("\n") if text else []  # nothing but a line feed ends a line
-            return self._post_batch([{"log": line} for line in lines], response)
-        document = parse_json(text)
-        if isinstance(document, list):
-            return self._post_batch(document, response)
-        row = parse_item(document)
-        ticket = self._commits.store([row])
-        response.status = falcon.HTTP_200 if ticket.repeated and "id" in document else falcon.HTTP_201
-        created = ticket.repeated.get(0, ticket.first_created)
-        response.data = json.dumps({"id": row.id, "created": format_date(created)}).encode()
-        return None
-
-    def _post_batch(self, items: Sequence[Any], response: falcon.Response) -> None:
-        """Stores the good lines of a batch in one transaction and names the bad ones."""
-        if not 0 < len(items) <= MAX_BATCH_LINES:
-            raise BadRequest(f"A batch has 1 to {MAX_BATCH_LINES} lines; this one has {len(items)}.")
-        rows: dict[str, Row] = {}
-        rejected, duplicates = [], 0
-        for index, item in enumerate(items):
-            try:
-                row = parse_item(item)
-                earlier = rows.setdefault(row.id, row)
-                if earlier != row:
-                    raise BadLine("its id stands for a different line earlier in this batch")
-                duplicates += earlier is not row
-            except BadLine as error:
-                rejected.append({"index": index, "reason": str(error)})
-        if not rows:
-            raise BadRequest("No line of this batch can be stored; each has its reason.", rejected=rejected)
-        duplicates += len(self._commits.store(list(rows.values())).repeated)
-        accepted = len(items) - len(rejected) - duplicates
-        response.status = falcon.HTTP_201
-        response.data = json.dumps({"accepted": accepted, "duplicates": duplicates, "rejected": rejected}).encode()
+        """Called twice: to read the request, and when its lines are on disk or given up: see Channel."""
+        ticket = request.env[TICKET]
+        if ticket is None:
+            raise Waiting(read_post(request), self._commits)
+        if ticket.error is not None:
+            raise ticket.error
+        response.status, answer = ticket.answer(ticket)
+        response.data = json.dumps(answer).encode()
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
         window = parse_window(request.params)
@@ -771,14 +806,32 @@ class Window(NamedTuple):
     ip: str | None
 
 
-DATE_RULE = (MOMENT, parse_date, "a date such as 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds")
-PARAMETERS: dict[str, tuple[Any, Any, str]] = {
-    "date_from": DATE_RULE,
-    "date_to": DATE_RULE,
-    "limit": (range(1, MAX_LIMIT + 1), int, f"a whole number from 1 to {MAX_LIMIT}"),
-    "method": (METHOD, str, "a method such as GET"),
-    "status_code": (range(100, 600), int, "a whole number from 100 to 599"),
-    "ip": (IP, str, "an IPv4 or IPv6 address"),
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(text)
+        return int(text)
+
+    return read
+
+
+def matching(is_good: Callable[[str], Any]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if not is_good(text):
+            raise ValueError(text)
+        return text
+
+    return read
+
+
+A_DATE = "a date such as 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds"
+PARAMETERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "date_from": (parse_date, A_DATE),
+    "date_to": (parse_date, A_DATE),
+    "limit": (whole_number(1, MAX_LIMIT), f"a whole number from 1 to {MAX_LIMIT}"),
+    "method": (matching(re.compile(METHOD).fullmatch), "a method such as GET"),
+    "status_code": (whole_number(100, 599), "a whole number from 100 to 599"),
+    "ip": (matching(is_address), "an IPv4 or IPv6 address"),
 }
 
 
@@ -788,14 +841,11 @@ def parse_window(query: Mapping[str, Any]) -> Window:
     for name, text in query.items():
         if name not in PARAMETERS or not isinstance(text, str):
             raise BadRequest(f"Parameters are {', '.join(PARAMETERS)}, each once; {name[:80]!r} is not.")
-        rule, read, wanted = PARAMETERS[name]
-        if isinstance(rule, range):
-            good = bool(re.fullmatch("[0-9]{1,9}", text)) and int(text) in rule
-        else:
-            good = bool(re.fullmatch(rule, text))
-        if not good:
-            raise BadRequest(f"The parameter {name} is {text[:80]!r}; it must be {wanted}.")
-        values[name] = read(text)
+        read, wanted = PARAMETERS[name]
+        try:
+            values[name] = read(text)
+        except ValueError:
+            raise BadRequest(f"The parameter {name} is {text[:80]!r}; it must be {wanted}.") from None
     window = Window(**{**values, "date_from": values["date_from"] or EPOCH})
     if window.date_to is not None and window.date_from > window.date_to:
         raise BadRequest("date_from is later than date_to; exchange them, or leave date_to out for 'until now'.")
@@ -812,13 +862,22 @@ def read_parts(session: Session, window: Window, separator: str) -> Iterator[tup
     parameters = {**window._asdict(), "rows": PART_ROWS, "separator": separator}
     end = parameters["date_to"] = session.query(WINDOW_END, parameters)[0]
     if window.limit is not None:
-        count, limited_end = session.query(LIMITED_END, parameters)
+        count, limited_end = session.query(LIMITED_END, {**parameters, "rows": window.limit})
         end = parameters["date_to"] = limited_end if count == window.limit else end
     last = False
     while not last:
         count, parameters["date_from"], text = session.query(FETCH_PART, parameters)
         last = count < PART_ROWS or parameters["date_from"] == end
         yield text or b"", last, next_query(window, end)
+
+
+def ahead(parts: Iterator[Any]) -> Iterator[Any]:
+    """The same, with the next one being fetched while one is in use."""
+    with ThreadPoolExecutor(1) as fetcher:
+        coming = fetcher.submit(next, parts, None)
+        while part := coming.result():
+            coming = fetcher.submit(next, parts, None)
+            yield part
 
 
 def next_query(window: Window, start: datetime) -> str:
@@ -839,7 +898,7 @@ def stream(
     with slot:
         yield before + first
         try:
-            for text, _, _ in parts:
+            for text, _, _ in ahead(parts):
                 yield between + text if text else b""
         except Unavailable as error:
             log.warning("an export broke off: %s", error)
@@ -921,6 +980,15 @@ def create_app(database: Database, commits: GroupCommit, settings: Settings) -> 
 # ---- Server ---------------------------------------------------------------------------------------------------------
 
 
+class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+    ticket: Ticket | None = None
+
+
+class Task(waitress.task.WSGITask):  # type: ignore[misc]
+    def get_environment(self) -> dict[str, Any]:
+        return {**super().get_environment(), TICKET: self.request.ticket}
+
+
 class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """Requests that waitress itself turns down (broken HTTP, endless headers) get a problem document as well."""
 
@@ -935,20 +1003,70 @@ class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-    error_task_class = ProblemTask
+    """A connection.
+
+    While the lines of a POST are on their way to disk no thread waits for them: the application raises Waiting, the
+    request stays the connection's first, and is served once more, to its end, when its ticket is settled.
+    """
+
+    parser_class, task_class, error_task_class = Request, Task, ProblemTask
+
+    def service(self) -> None:
+        try:
+            super().service()
+        except Waiting as waiting:
+            ticket = self.requests[0].ticket = waiting.ticket
+            ticket.settled = lambda: self.server.add_task(self)
+            waiting.commits.submit(ticket)
+
+    @property
+    def is_quick(self) -> bool:
+        """Serving the request blocks nowhere, and takes no longer than handing it to a thread would."""
+        request = self.requests[0]
+        if request.error or self.total_outbufs_len:
+            return False
+        small = request.command == "POST" and int(request.headers.get("CONTENT_LENGTH", 0)) <= QUICK_BYTES
+        return small or request.ticket is not None
+
+
+class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
+    """Gives requests to threads, and the quick ones to the loop itself: a hand-over costs more than they do."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.set_thread_count(threads)
+        self.quick: list[Channel] = []
+
+    def add_task(self, channel: Channel) -> None:
+        if not channel.is_quick:
+            super().add_task(channel)
+            return
+        with self.lock:
+            self.quick.append(channel)
+            first = len(self.quick) == 1
+        if first:
+            channel.server.pull_trigger()
+
+    def serve_quick(self) -> None:
+        with self.lock:
+            channels, self.quick = self.quick, []
+        for channel in channels:
+            channel.service()
 
 
 def serve(settings: Settings, conninfo: str, listener: socket.socket, stop: threading.Event) -> None:
     """Serves until `stop`; then finishes what is in hand, within SHUTDOWN_SECONDS, and says what was left."""
-    database = Database(conninfo, readers=settings.threads // 2)  # the other half is left for POST
+    database = Database(conninfo, readers=settings.threads // 2)  # the other half is left for large POSTs
     commits = GroupCommit(database)
+    dispatcher = Dispatcher(settings.threads)
     server = waitress.create_server(
         create_app(database, commits, settings),
+        _dispatcher=dispatcher,
         sockets=[listener],
-        threads=settings.threads,
         connection_limit=CONNECTION_LIMIT,
         asyncore_use_poll=True,  # select() ends at 1,024 descriptors
-        outbuf_high_watermark=256 * 1024,  # bytes of a reply that wait for a slow reader; below outbuf_overflow,
+        recv_bytes=128 * 1024,
+        outbuf_high_watermark=1024**2,  # bytes of a reply that wait for a slow reader; below outbuf_overflow,
         outbuf_overflow=2 * 1024**2,  # so that replies need no temporary file
         inbuf_overflow=1024**2,
         max_request_body_size=DRAIN_BYTES,
@@ -964,19 +1082,26 @@ def serve(settings: Settings, conninfo: str, listener: socket.socket, stop: thre
             log.warning("cut off %s: it took nothing of its reply for %d s", channel.addr[0], STALL_SECONDS)
             server.trigger.pull_trigger(channel.handle_close)  # in the loop; the thread that serves it wakes up
 
+    def wake() -> None:
+        if threading.current_thread() is not threading.main_thread():  # else the loop is awake
+            server.trigger.pull_trigger()
+
     def step(seconds: float) -> None:
+        seconds = 0 if dispatcher.quick else seconds
         server.asyncore.loop(timeout=seconds, use_poll=True, map=server._map, count=1)
+        dispatcher.serve_quick()
 
     def in_hand() -> int:
         return sum(bool(channel.requests or channel.total_outbufs_len) for channel in channels.values())
 
-    server.maintenance = maintenance  # called by waitress every 30 seconds
+    server.pull_trigger, server.maintenance = wake, maintenance  # waitress calls the second every 30 seconds
     looked = time.monotonic()
     while not stop.is_set():
         step(LOOP_SECONDS)
         if time.monotonic() - looked > LOOP_SECONDS:
             looked = time.monotonic()
             database.cut_hanging()
+            commits.give_up_late()
     deadline = time.monotonic() + SHUTDOWN_SECONDS
     server.del_channel()
     listener.close()

@@ -32,6 +32,7 @@ from typing import Any
 import psycopg
 from fakes import some_lines
 from harness import Backend, Postgres, Service, peak_memory_bytes, process_state
+from psycopg.conninfo import conninfo_to_dict
 from waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
@@ -65,10 +66,10 @@ FILL = """
 INSERT INTO logs (id, created, ip, method, uri, status_code)
 SELECT ('00000000-0000-8000-8000-' || lpad(to_hex(n), 12, '0'))::uuid,
        '2026-01-01T00:00:00Z'::timestamptz + n * interval '1 millisecond',
-       ('10.' || n / 65536 % 256 || '.' || n / 256 % 256 || '.' || n % 256)::inet,
-       (ARRAY['GET', 'POST', 'PUT', 'DELETE'])[n % 4 + 1],
+       ('10.' || n / 65536 %% 256 || '.' || n / 256 %% 256 || '.' || n %% 256)::inet,
+       (ARRAY['GET', 'POST', 'PUT', 'DELETE'])[n %% 4 + 1],
        'https://domain.com/example/' || to_hex(n),
-       (ARRAY[200, 201, 301, 404, 500])[n % 5 + 1]
+       (ARRAY[200, 201, 301, 404, 500])[n %% 5 + 1]
   FROM generate_series(1, %s) AS n
 """
 
@@ -310,7 +311,7 @@ def rsyslog(bench: Bench, stack: ExitStack, source: Path, **parts: str) -> subpr
 
 
 def rsyslog_to_postgres(bench: Bench, stack: ExitStack, source: Path, url: str) -> subprocess.Popen[bytes]:
-    name = url.rsplit("/", 1)[1].split("?")[0]
+    name = conninfo_to_dict(url)["dbname"]
     return rsyslog(
         bench, stack, source, module='module(load="ompgsql")', template=INSERT,
         action=f'type="ompgsql" server="{bench.postgres.socket_folder}" db="{name}" user="postgres" pass=""',

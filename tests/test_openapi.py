@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,61 @@ def test_the_document_is_valid_openapi_3_1() -> None:
     assert [str(error) for error in OpenAPIV31SpecValidator(DOCUMENT).iter_errors()] == []
 
 
-@pytest.mark.parametrize(("schema", "pattern"), [("LogLine", service.LINE), ("Moment", service.MOMENT)])
-def test_the_document_and_the_backend_read_by_the_same_pattern(schema: str, pattern: str | re.Pattern[str]) -> None:
-    assert SCHEMAS[schema]["pattern"] == re.compile(pattern).pattern
+ADDRESSES = [
+    "1.2.3.4", "255.255.255.255", "0.0.0.0", "::", "::1", "1::", "2001:db8::1", "2001:DB8:0:0:8:800:200C:417A",
+    "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::", "::2:3:4:5:6:7:8", "1::3:4:5:6:7:8", "::ffff:1.2.3.4", "1:2:3:4:5:6:1.2.3.4",
+    "64:ff9b::192.0.2.33", "::1.2.3.4", "1::1.2.3.4", "fe80::ffff:ffff:ffff:ffff",
+]  # fmt: skip
+NO_ADDRESSES = [
+    "1.2.3", "1.2.3.4.5", "256.1.1.1", "1.2.3.04", "01.2.3.4", "1.2.3.-4", "1.2.3.", ".1.2.3", "a.b.c.d", "0x1.2.3.4",
+    ":", ":::", "1:::2", "1::2::3", "1:2:3:4:5:6:7", "1:2:3:4:5:6:7:8:9", "1:2:3:4:5:6:7:8::", "::1:2:3:4:5:6:7:8",
+    "12345::", "g::", "1:2:3:4:5:6:7:1.2.3.4", "::1.2.3", "::1.2.3.256", "1.2.3.4::", "fe80::1%eth0", "::/0",
+    "1.2.3.4/8",
+]  # fmt: skip
+MOMENTS = [
+    "2026-11-23", "2026-11-23T18:43", "2026-11-23 18:43:46", "2026-11-23t18:43:46.610595z", "2024-02-29", "2000-02-29",
+    "2026-11-23T18:43:46.123456789012+05:30", "2026-11-23T18:43:46-0530", "2026-11-23T23:59:59 23:59", "1000-01-01",
+    "9999-12-31T23:59:59.999999-23:59", "1000-01-01T00:00+23:59", "0", "-1", "1767225600", "9999999999.999999", "-0.5",
+]  # fmt: skip
+NO_MOMENTS = [
+    "", " ", "now", "2026-11", "2026-11-23T", "2026-11-23T18", "2026-W48-1", "2026-11-31", "2026-13-01",
+    "2023-02-29", "1900-02-29", "2026-00-10", "2026-11-00", "0999-01-01", "2026-11-23T24:00", "2026-11-23T18:60",
+    "2026-11-23T18:43:60", "2026-11-23T18:43:46.", "2026-11-23T18:43:46+24:00", "2026-11-23T18:43:46+05:60",
+    "2026-11-23T18:43:46+5", "2026-11-23Z", "12345678901", "1e9", "1.", ".5", "--1", "+1", "\uff12026-11-23",
+]  # fmt: skip
+
+
+def is_read(parse: Callable[..., object], *arguments: str) -> bool:
+    try:
+        parse(*arguments)
+    except ValueError:
+        return False
+    return True
+
+
+def is_documented(schema: str, text: str) -> bool:
+    return re.search(SCHEMAS[schema]["pattern"], text) is not None
+
+
+@pytest.mark.parametrize(("texts", "good"), [(ADDRESSES, True), (NO_ADDRESSES, False)])
+def test_the_document_and_the_backend_know_the_same_addresses(texts: list[str], good: bool) -> None:
+    for text in texts:
+        line = LINE.replace("1.2.3.4", text)
+        assert is_documented("LogLine", line) is is_read(service.parse_line, line, "id") is good, text
+
+
+@pytest.mark.parametrize(("texts", "good"), [(MOMENTS, True), (NO_MOMENTS, False)])
+def test_the_document_and_the_backend_know_the_same_dates(texts: list[str], good: bool) -> None:
+    for text in texts:
+        assert is_documented("Moment", text) is is_read(service.parse_date, text) is good, text
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_the_document_and_the_backend_know_the_same_characters_in_each_field(place: int) -> None:
+    for number in (*range(0x180), *range(0x1680, 0x3002), *range(0xD7F0, 0xE010), 0xFEFF, 0xFFFF, 0x1F600):
+        for value in (chr(number), f"/{chr(number)}", f"2{chr(number)}0", f"A{chr(number)}"):
+            line = " ".join([*LINE.split()[:place], value, *LINE.split()[place + 1 :]])
+            assert is_documented("LogLine", line) is is_read(service.parse_line, line, "id"), (number, line)
 
 
 def test_the_document_has_every_route_and_the_backend_has_every_path() -> None:
