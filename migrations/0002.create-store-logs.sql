@@ -17,8 +17,6 @@ CREATE OR REPLACE FUNCTION store_logs(
     OUT first_created timestamptz, OUT repeated bigint[], OUT repeated_created timestamptz[]
 )
 LANGUAGE plpgsql VOLATILE AS $store_logs$
-DECLARE
-    stored bigint;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'store_logs needs READ COMMITTED, this transaction is %',
@@ -30,20 +28,28 @@ BEGIN
       INTO first_created
       FROM logs;
 
+    BEGIN
+        INSERT INTO logs (id, created, ip, method, uri, status_code)
+        SELECT line.id, first_created + (line.n - 1) * interval '1 microsecond',
+               line.ip, line.method, line.uri, line.status_code
+          FROM unnest(ids, ips, methods, uris, status_codes) WITH ORDINALITY
+               AS line (id, ip, method, uri, status_code, n);
+        RETURN;
+    EXCEPTION WHEN unique_violation THEN
+        NULL;  -- an id is there already, or stands twice in `ids`: once more, the way that costs a sixth more
+    END;
+
     INSERT INTO logs (id, created, ip, method, uri, status_code)
     SELECT line.id, first_created + (line.n - 1) * interval '1 microsecond',
            line.ip, line.method, line.uri, line.status_code
       FROM unnest(ids, ips, methods, uris, status_codes) WITH ORDINALITY
            AS line (id, ip, method, uri, status_code, n)
         ON CONFLICT (id) DO NOTHING;
-    GET DIAGNOSTICS stored = ROW_COUNT;
 
-    IF stored < cardinality(ids) THEN
-        SELECT array_agg(line.n ORDER BY line.n), array_agg(logs.created ORDER BY line.n)
-          INTO repeated, repeated_created
-          FROM unnest(ids) WITH ORDINALITY AS line (id, n)
-          JOIN logs ON logs.id = line.id
-         WHERE logs.created <> first_created + (line.n - 1) * interval '1 microsecond';
-    END IF;
+    SELECT array_agg(line.n ORDER BY line.n), array_agg(logs.created ORDER BY line.n)
+      INTO repeated, repeated_created
+      FROM unnest(ids) WITH ORDINALITY AS line (id, n)
+      JOIN logs ON logs.id = line.id
+     WHERE logs.created <> first_created + (line.n - 1) * interval '1 microsecond';
 END
 $store_logs$;
