@@ -2,7 +2,7 @@
 
 Each row of the table is a contest: ours and the reference take turns, ROUNDS times, on the same machine, the same
 PostgreSQL with its default durability, and the same lines. What counts is the ratio of the two medians; the spread says
-how far the rounds lie apart. The table is printed, and goes into results.json and ratios.svg beside this file.
+how far the rounds lie apart. The table is printed; that of a whole run goes into the README, results.json and ratios.svg.
 """
 
 from __future__ import annotations
@@ -587,12 +587,14 @@ def arrivals(path: Path, wanted: int) -> list[float]:
 
 # ---- Table ----------------------------------------------------------------------------------------------------------
 
+MARKS = ("<!-- make bench -->", "<!-- end of make bench -->")  # in the README
 COLUMNS = ("#", "work", "ours", "reference", "unit", "ratio", "aim", "beside that")
 
 
 def cells(contest: Contest) -> tuple[str, ...]:
     def figure(values: list[float]) -> str:
-        return f"{float(f'{statistics.median(values):.3g}'):,.0f} {spread(values)}".strip()
+        middle = float(f"{statistics.median(values):.3g}")
+        return f"{middle:{',.0f' if middle >= 100 else 'g'}} {spread(values)}".strip()
 
     beside = ", ".join(f"{name} {value}" for name, value in contest.notes.items())
     return (
@@ -675,6 +677,9 @@ def main() -> int:
         results = [asdict(contest) | {"ratio": contest.ratio} for contest in contests]
         (HERE / "results.json").write_text(json.dumps({"machine": about, "contests": results}, indent=1) + "\n")
         (HERE / "ratios.svg").write_text(chart(contests))
+        readme = ROOT / "README.md"
+        before, _, rest = readme.read_text().partition(MARKS[0])
+        readme.write_text(f"{before}{MARKS[0]}\n{table(contests)}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
     return 0
 
 
