@@ -2,7 +2,7 @@
 
 Each row of the table is a contest: ours and the reference take turns, ROUNDS times, on the same machine, the same
 PostgreSQL with its default durability, and the same lines. What counts is the ratio of the two medians; the spread says
-how far the rounds lie apart. The table is printed; that of a whole run goes into the README, results.json and ratios.svg.
+how far the rounds lie apart. The table is printed; that of a whole run goes into the README, results.json, ratios.svg.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 import psycopg
 from fakes import some_lines
-from harness import Backend, Postgres, Service, peak_memory_bytes, process_state
+from harness import ROOT, Backend, Postgres, Service, peak_memory_bytes, process_state
 from psycopg.conninfo import conninfo_to_dict
 from waiting import wait_until
 
