@@ -30,11 +30,12 @@ import time
 import typing
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -70,7 +71,7 @@ SHUTDOWN_SECONDS = 5.0  # for the requests in hand after SIGTERM
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
 LOOP_SECONDS = 0.5  # how late a signal may be noticed
-QUICK_BYTES = 4096  # a POST up to this size is read in 0.1 ms or less
+QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms
 CONNECTION_LIMIT = 4096  # client connections of one process
 
 # ---- SQL ------------------------------------------------------------------------------------------------------------
@@ -871,13 +872,30 @@ def read_parts(session: Session, window: Window, separator: str) -> Iterator[tup
         yield text or b"", last, next_query(window, end)
 
 
-def ahead(parts: Iterator[Any]) -> Iterator[Any]:
-    """The same, with the next one being fetched while one is in use."""
-    with ThreadPoolExecutor(1) as fetcher:
-        coming = fetcher.submit(next, parts, None)
-        while part := coming.result():
-            coming = fetcher.submit(next, parts, None)
+def ahead(parts: Iterator[Any]) -> Generator[Any, None, None]:
+    """The same, with the next one being fetched while one is in use. Closed, it has let go of `parts`."""
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    fetched: SimpleQueue[Future[Any]] = SimpleQueue()
+
+    def fetch() -> None:
+        while wanted.get():
+            future: Future[Any] = Future()
+            try:
+                future.set_result(next(parts, None))
+            except Exception as error:
+                future.set_exception(error)
+            fetched.put(future)
+
+    fetcher = threading.Thread(target=fetch, daemon=True)  # an executor's thread would hold up the end of the process
+    fetcher.start()
+    wanted.put(True)
+    try:
+        while part := fetched.get().result():
+            wanted.put(True)
             yield part
+    finally:
+        wanted.put(False)
+        fetcher.join()
 
 
 def next_query(window: Window, start: datetime) -> str:
@@ -895,10 +913,10 @@ def stream(
 ) -> Iterator[bytes]:
     """The body of a large export. If it cannot be finished, the chunked reply breaks off, which its reader notices."""
     before, between, after = (b"", b"\n", b"\n") if lines else (b"[", b",\n", b"]\n")
-    with slot:
+    with slot, contextlib.closing(ahead(parts)) as coming:
         yield before + first
         try:
-            for text, _, _ in ahead(parts):
+            for text, _, _ in coming:
                 yield between + text if text else b""
         except Unavailable as error:
             log.warning("an export broke off: %s", error)
@@ -1021,12 +1039,12 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     @property
     def is_quick(self) -> bool:
-        """Serving the request blocks nowhere, and takes no longer than handing it to a thread would."""
+        """Serving the request takes no longer than handing it to a thread, and never waits for the loop: the answer to
+        a small POST is far below outbuf_high_watermark."""
         request = self.requests[0]
-        if request.error or self.total_outbufs_len:
+        if request.error or request.command != "POST" or self.total_outbufs_len:
             return False
-        small = request.command == "POST" and int(request.headers.get("CONTENT_LENGTH", 0)) <= QUICK_BYTES
-        return small or request.ticket is not None
+        return int(request.headers.get("CONTENT_LENGTH", 0)) <= QUICK_BYTES
 
 
 class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]

@@ -1,0 +1,181 @@
+"""A POST is served twice, to be read and to be answered, on connections that pipeline, do not read, or go away."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+import requests
+from harness import Backend
+from waiting import wait_until
+
+SECONDS = 60
+STORING_LOCK = "SELECT pg_advisory_xact_lock(7021961410472345601)"  # that of store_logs
+
+
+def connect(backend: Backend) -> socket.socket:
+    address = urlsplit(backend.url)
+    return socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=SECONDS)
+
+
+def post(body: str, *headers: str, kind: str = "application/json") -> bytes:
+    head = ["POST /api/data HTTP/1.1", "Host: a", f"Content-Type: {kind}", f"Content-Length: {len(body)}", *headers]
+    return ("\r\n".join(head) + f"\r\n\r\n{body}").encode()
+
+
+def read_answers(connection: socket.socket, count: int) -> list[tuple[int, bytes]]:
+    """The status and the body of each answer, in their order."""
+    answers: list[tuple[int, bytes]] = []
+    with connection.makefile("rb") as stream:
+        while len(answers) < count:
+            status, length = int(stream.readline().split()[1]), 0
+            while (header := stream.readline().strip()) != b"":
+                name, _, value = header.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            if status != 100:
+                answers.append((status, stream.read(length)))
+    return answers
+
+
+@pytest.mark.parametrize("count", [2, 50, 400])
+def test_pipelined_requests_of_every_kind_get_their_own_answers_in_their_order(backend: Backend, count: int) -> None:
+    ids = [str(uuid.uuid4()) for _ in range(count)]
+    requests_, wanted = [], []
+    for n, record_id in enumerate(ids):
+        line = {"id": record_id, "log": f"192.0.2.1 GET /{n} 200"}
+        kind = n % 5
+        if kind == 0:  # small: served by the loop
+            requests_.append(post(json.dumps(line)))
+            wanted.append((201, record_id))
+        elif kind == 1:  # large: served by a thread
+            filler = [{"log": f"192.0.2.1 GET /{n}/{m}/{'x' * 100} 200"} for m in range(50)]
+            requests_.append(post(json.dumps([line, *filler])))
+            wanted.append((201, '"accepted": 51'))
+        elif kind == 2:
+            requests_.append(post(json.dumps({"id": record_id, "log": "nothing"})))
+            wanted.append((400, "4 fields"))
+        elif kind == 3:
+            requests_.append(b"GET /api/health HTTP/1.1\r\nHost: a\r\n\r\n")
+            wanted.append((200, "successful"))
+        else:
+            requests_.append(post("\n".join([f"192.0.2.1 GET /{n} 200"] * 2), kind="text/plain"))
+            wanted.append((201, '"accepted": 2'))
+    with connect(backend) as connection:
+        sender = threading.Thread(target=connection.sendall, args=(b"".join(requests_),))
+        sender.start()
+        answers = read_answers(connection, count)
+        sender.join()
+    for (status, body), (wanted_status, text) in zip(answers, wanted, strict=True):
+        assert status == wanted_status, body
+        assert text in body.decode()
+    stored = {record["id"] for record in backend.records()}
+    assert {record_id for n, record_id in enumerate(ids) if n % 5 < 2} <= stored
+    assert len(stored) == sum((1, 51, 0, 0, 2)[n % 5] for n in range(count))
+
+
+def test_who_pipelines_and_reads_no_answer_holds_up_nobody_else(backend: Backend) -> None:
+    bad = "x" * 80 + "\n"  # its answer is longer than the line
+    batches = [
+        post("192.0.2.1 GET / 200\n" + bad * 9_000, kind="text/plain"),
+        post("192.0.2.1 GET / 200\n" + bad * 40, kind="text/plain"),
+    ]
+    with connect(backend) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setblocking(False)
+        sent, data = 0, b"".join(batches * 20)
+
+        def sent_what_is_taken() -> bool:
+            nonlocal sent
+            try:
+                sent += connection.send(data[sent : sent + 65536])
+            except BlockingIOError:
+                return True
+            return False
+
+        wait_until(sent_what_is_taken, SECONDS, "the backend to stop reading", poll=0)
+        for n in range(20):
+            answer = requests.post(backend.data_url, json={"log": f"192.0.2.2 GET /{n} 200"}, timeout=10)
+            assert answer.status_code == 201
+        assert sent < len(data)
+    assert sum(record["log"]["ip"] == "192.0.2.2" for record in backend.records()) == 20
+
+
+def test_who_goes_away_before_the_commit_costs_nobody_an_answer(backend: Backend) -> None:
+    ids = [str(uuid.uuid4()) for _ in range(40)]
+    with psycopg.connect(backend.database_url) as holder, ThreadPoolExecutor(20) as pool:
+        holder.execute(STORING_LOCK)
+        gone = [connect(backend) for _ in range(20)]
+        for connection, record_id in zip(gone, ids[:20], strict=True):
+            connection.sendall(post(json.dumps({"id": record_id, "log": "192.0.2.1 GET / 200"})))
+        staying = [
+            pool.submit(
+                requests.post, backend.data_url, json={"id": name, "log": "192.0.2.1 GET / 200"}, timeout=SECONDS
+            )
+            for name in ids[20:]
+        ]
+        wait_until(lambda: waiting_to_store(backend) > 0, SECONDS, "a statement that waits")
+        for connection in gone:
+            connection.close()
+        assert requests.get(f"{backend.url}/api/health", timeout=SECONDS).ok  # nobody waits in a thread
+        holder.rollback()
+        answers = [answer.result(SECONDS) for answer in staying]
+    assert [answer.status_code for answer in answers] == [201] * 20
+    assert [answer.json()["id"] for answer in answers] == ids[20:]
+    wait_until(lambda: len(backend.records()) == 40, SECONDS, "the records of those who are gone")
+    assert {record["id"] for record in backend.records()} == set(ids)
+
+
+def waiting_to_store(backend: Backend) -> int:
+    with psycopg.connect(backend.database_url, autocommit=True) as watcher:
+        row = watcher.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'"
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+def test_more_posts_than_threads_wait_for_a_commit_and_reading_goes_on(start_backend: Callable[..., Backend]) -> None:
+    backend = start_backend(THREADS=2)
+    lines = [{"log": f"192.0.2.1 GET /{n} 200"} for n in range(60)]
+    with psycopg.connect(backend.database_url) as holder, ThreadPoolExecutor(60) as pool:
+        holder.execute(STORING_LOCK)
+        posts = [pool.submit(requests.post, backend.data_url, json=line, timeout=SECONDS) for line in lines]
+        wait_until(lambda: waiting_to_store(backend) > 0, SECONDS, "a statement that waits")
+        assert backend.records() == []
+        holder.rollback()
+        assert [one.result(SECONDS).status_code for one in posts] == [201] * 60
+    assert len(backend.records()) == 60
+
+
+def test_continue_is_said_to_who_expects_it_and_the_answer_follows(backend: Backend) -> None:
+    with connect(backend) as connection:
+        request = post('{"log": "192.0.2.1 GET / 200"}', "Expect: 100-continue")
+        head, _, body = request.partition(b"\r\n\r\n")
+        connection.sendall(head + b"\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100")
+        connection.sendall(body)
+        assert read_answers(connection, 1)[0][0] == 201
+
+
+def test_a_chunked_body_is_read_whatever_its_size(backend: Backend) -> None:
+    for count in (1, 9_000):
+        chunks = (f"192.0.2.1 GET /{n} 200\n".encode() for n in range(count))
+        answer = requests.post(backend.data_url, data=chunks, headers={"Content-Type": "text/plain"}, timeout=SECONDS)
+        assert answer.json()["accepted"] == count
+
+
+def test_sigterm_ends_the_backend_while_an_export_goes_on_that_nobody_reads(backend: Backend) -> None:
+    lines = "".join(f"192.0.2.1 GET /{n}/{'x' * 900} 200\n" for n in range(9_000)).encode()
+    for _ in range(3):
+        requests.post(backend.data_url, data=lines, headers={"Content-Type": "text/plain"}, timeout=SECONDS)
+    with connect(backend) as connection:
+        connection.sendall(b"GET /api/data HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert backend.end(20) == 0
