@@ -70,6 +70,7 @@ STALL_SECONDS = 60  # a reader that takes no byte of its reply for so long is cu
 SHUTDOWN_SECONDS = 5.0  # for the requests in hand after SIGTERM
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
+ANSWER_SECONDS = 1.0  # of these, to say 503 to who still waits for a commit
 LOOP_SECONDS = 0.5  # how late a signal may be noticed
 QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms
 CONNECTION_LIMIT = 4096  # client connections of one process
@@ -383,6 +384,7 @@ class Database:
         self._conninfo = conninfo
         self._idle: deque[Connection] = deque()
         self._slots = threading.BoundedSemaphore(readers)
+        self._waiting = threading.BoundedSemaphore((readers + 1) // 2)
         self._sessions: set[Session] = set()  # in use
         self.lock = threading.Lock()  # held when a connection is closed or cut loose
         self.outage = Outage("reading from the database")
@@ -401,7 +403,13 @@ class Database:
             client_encoding="UTF8",
         )
         connection.adapters.register_loader("text", RawText)
-        connection.execute(SETUP_SESSION, {"statement_timeout": f"{statement_seconds:.0f}s"})
+        too_late = threading.Timer(CONNECT_SECONDS, cut_loose, [connection])
+        too_late.daemon = True
+        too_late.start()
+        try:
+            connection.execute(SETUP_SESSION, {"statement_timeout": f"{statement_seconds:.0f}s"})
+        finally:
+            too_late.cancel()
         return connection
 
     def cut_hanging(self) -> None:
@@ -410,14 +418,25 @@ class Database:
             for session in list(self._sessions):
                 session.cut_if_hanging()
 
+    def _wait_for_slot(self) -> bool:
+        """A few may wait: each of them takes a thread."""
+        if not self._waiting.acquire(blocking=False):
+            return False
+        try:
+            return self._slots.acquire(timeout=SLOT_SECONDS)
+        finally:
+            self._waiting.release()
+
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:
         """One of the reading sessions, for as long as an export takes. Raises Unavailable if none gets free in time."""
-        if not self._slots.acquire(timeout=SLOT_SECONDS):
+        if not self._slots.acquire(blocking=False) and not self._wait_for_slot():
             raise Unavailable("All places for reading are taken; ask again in a moment.")
-        session = Session(self, self._idle.pop() if self._idle else None)
-        self._sessions.add(session)
+        session = Session(self)
         try:
+            with contextlib.suppress(IndexError):
+                session.connection = self._idle.pop()
+            self._sessions.add(session)
             yield session
         finally:
             self._sessions.discard(session)
@@ -435,9 +454,9 @@ def cut_loose(connection: Connection) -> None:
 class Session:
     """A reading session that survives the loss of its connection, as each of its queries stands alone."""
 
-    def __init__(self, database: Database, connection: Connection | None) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self.connection = connection
+        self.connection: Connection | None = None
         self._busy_since = 0.0  # a query is under way
 
     def cut_if_hanging(self) -> None:
@@ -527,10 +546,10 @@ class GroupCommit:
                 return
         self._settle([ticket], Unavailable(refusal))
 
-    def give_up_late(self) -> None:
-        """Called every second or so: settles what has waited for STORE_SECONDS. A statement that hangs is cut loose, so
-        that its thread can reconnect."""
-        latest = time.monotonic() - STORE_SECONDS
+    def give_up_late(self, seconds: float = STORE_SECONDS) -> None:
+        """Called every second or so: settles what has waited for so long. A statement that hangs is cut loose, so that
+        its thread can reconnect."""
+        latest = time.monotonic() - seconds
         with self._wake:
             late = [ticket for ticket in self._group if ticket.since < latest]
             while self._queue and self._queue[0].since < latest:
@@ -565,9 +584,11 @@ class GroupCommit:
             while not self._queue and not self._closing.is_set():
                 self._wake.wait()
             group: list[Ticket] = []
-            while self._queue and sum(len(ticket.rows) for ticket in group) < MAX_BATCH_LINES:
+            lines = 0
+            while self._queue and lines < MAX_BATCH_LINES:
                 group.append(self._queue.popleft())
-                self._queued_lines -= len(group[-1].rows)
+                lines += len(group[-1].rows)
+            self._queued_lines -= lines
             self._working_since, self._group = time.monotonic(), group
             return group
 
@@ -583,6 +604,7 @@ class GroupCommit:
                 self._settle(tickets, BadLine(f"the database refuses it: {one_line(error)}"))
                 return
             for ticket in tickets:
+                self._working_since = time.monotonic()
                 self._store([ticket])
             return
         start = 0
@@ -757,9 +779,11 @@ def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket
     if not rows:
         raise BadRequest("No line of this batch can be stored; each has its reason.", rejected=rejected)
 
+    good = len(items) - len(rejected)  # the answer must not hold on to `items`
+
     def answer(ticket: Ticket) -> tuple[str, dict[str, Any]]:
         duplicates = repeated + len(ticket.repeated)
-        accepted = len(items) - len(rejected) - duplicates
+        accepted = good - duplicates
         return falcon.HTTP_201, {"accepted": accepted, "duplicates": duplicates, "rejected": rejected}
 
     return Ticket(list(rows.values()), answer)
@@ -1039,11 +1063,13 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     @property
     def is_quick(self) -> bool:
-        """Serving the request takes no longer than handing it to a thread, and never waits for the loop: the answer to
-        a small POST is far below outbuf_high_watermark."""
+        """Serving the request takes about as long as handing it to a thread, and never waits for the loop: the answer
+        is far below outbuf_high_watermark."""
         request = self.requests[0]
-        if request.error or request.command != "POST" or self.total_outbufs_len:
+        if request.error or self.total_outbufs_len:
             return False
+        if request.command != "POST":
+            return bool(request.path == "/api/health")
         return int(request.headers.get("CONTENT_LENGTH", 0)) <= QUICK_BYTES
 
 
@@ -1069,7 +1095,11 @@ class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
         with self.lock:
             channels, self.quick = self.quick, []
         for channel in channels:
-            channel.service()
+            try:
+                channel.service()
+            except Exception:
+                log.exception("serving a request failed")
+                channel.handle_close()
 
 
 def serve(settings: Settings, conninfo: str, listener: socket.socket, stop: threading.Event) -> None:
@@ -1110,7 +1140,7 @@ def serve(settings: Settings, conninfo: str, listener: socket.socket, stop: thre
         dispatcher.serve_quick()
 
     def in_hand() -> int:
-        return sum(bool(channel.requests or channel.total_outbufs_len) for channel in channels.values())
+        return sum(bool(channel.requests or channel.total_outbufs_len) for channel in list(channels.values()))
 
     server.pull_trigger, server.maintenance = wake, maintenance  # waitress calls the second every 30 seconds
     looked = time.monotonic()
@@ -1125,6 +1155,8 @@ def serve(settings: Settings, conninfo: str, listener: socket.socket, stop: thre
     listener.close()
     while in_hand() and time.monotonic() < deadline:
         step(0.05)
+        if time.monotonic() > deadline - ANSWER_SECONDS:
+            commits.give_up_late(0)
     left = commits.close(max(0.0, deadline - time.monotonic()))
     log.info("stopped; %d requests and %d lines were left without an answer", in_hand(), left)
 

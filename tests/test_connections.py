@@ -172,3 +172,13 @@ def test_sigterm_ends_the_backend_while_an_export_goes_on_that_nobody_reads(back
         connection.sendall(b"GET /api/data HTTP/1.1\r\nHost: a\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
         assert backend.end(20) == 0
+
+
+def test_a_post_that_waits_when_the_backend_is_ended_is_told_to_come_again(backend: Backend) -> None:
+    with psycopg.connect(backend.database_url) as holder, ThreadPoolExecutor(1) as pool:
+        holder.execute(STORING_LOCK)
+        waiting = pool.submit(requests.post, backend.data_url, json={"log": "192.0.2.1 GET / 200"}, timeout=SECONDS)
+        wait_until(lambda: waiting_to_store(backend) > 0, SECONDS, "a statement that waits")
+        assert backend.end(20) == 0
+        answer = waiting.result(SECONDS)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
