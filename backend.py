@@ -630,7 +630,7 @@ class GroupCommit:
             except (psycopg.DataError, psycopg.IntegrityError):
                 raise
             except psycopg.Error as error:
-                with self._wake:  # _give_up may be using it
+                with self._wake:  # give_up_late may be using it
                     if self._connection is not None:
                         self._connection.close()
                         self._connection = None

@@ -13,11 +13,10 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 import requests
-from harness import Backend
+from harness import STORING_LOCK, Backend
 from waiting import wait_until
 
 SECONDS = 60
-STORING_LOCK = "SELECT pg_advisory_xact_lock(7021961410472345601)"  # that of store_logs
 
 
 def connect(backend: Backend) -> socket.socket:

@@ -34,6 +34,7 @@ import requests
 from fakes import FakeBackend, fake_backend, proxy_to, some_lines
 from harness import (
     ROOT,
+    STORING_LOCK,
     Backend,
     Postgres,
     Service,
@@ -53,7 +54,6 @@ Start = Callable[..., Service]
 StartBackend = Callable[..., Backend]
 
 SECONDS = 60  # for what takes one or two: the machine may be busy
-STORING_LOCK = "SELECT pg_advisory_xact_lock(7021961410472345601)"  # that of store_logs
 WAITING_TO_STORE = """
 SELECT pid
   FROM pg_stat_activity
