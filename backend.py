@@ -720,8 +720,8 @@ def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row], size: int
     return Ticket(list(rows.values()), size, answer)
 
 
-class Data:
-    """/api/data: POST stores lines, GET returns windows of records."""
+class Api:
+    """What is asked of the database: POST stores lines, GET returns windows of records."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -751,6 +751,17 @@ class Data:
             else:
                 rest = (between + text for text, _, _ in parts if text)
                 response.stream = stream(before + first, rest, after, stack.pop_all())
+
+    def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
+        """The database answers and has the schema."""
+        with self._database.reading() as session:
+            if not session.query(SCHEMA_READY)[0]:
+                raise Unavailable(NO_TABLES)
+        response.data = b'{"ready": true}'
+
+    def on_get_health(self, request: falcon.Request, response: falcon.Response) -> None:
+        """The process is alive."""
+        response.data = b'{"successful": true}'
 
 
 A_DATE = "a date such as 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds"
@@ -824,22 +835,6 @@ def stream(start: bytes, parts: Iterator[bytes], end: bytes, place: contextlib.E
         yield end
 
 
-class Health:
-    """/api/health: the process is alive. /readyz: the database answers and has the schema."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        response.data = b'{"successful": true}'
-
-    def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
-        with self._database.reading() as session:
-            if not session.query(SCHEMA_READY)[0]:
-                raise Unavailable(NO_TABLES)
-        response.data = b'{"ready": true}'
-
-
 class Files:
     """Files of ours, read at start; the first one also without its name."""
 
@@ -878,11 +873,11 @@ def create_app(database: Database, settings: Settings) -> falcon.App[Any, Any]:
     if settings.api_token:
         app.add_middleware(Authorization(settings.api_token))
     app.set_error_serializer(write_problem)
-    health = Health(database)
+    api = Api(database)
     page = Files(*sorted((HERE / "static/swagger-ui").iterdir(), key=lambda file: file.name != "index.html"))
-    app.add_route("/api/data", Data(database))
-    app.add_route("/api/health", health)
-    app.add_route("/readyz", health, suffix="ready")
+    app.add_route("/api/data", api)
+    app.add_route("/api/health", api, suffix="health")
+    app.add_route("/readyz", api, suffix="ready")
     app.add_route("/docs", page)
     app.add_route("/docs/assets/{file}", page)
     app.add_route("/docs/openapi.json", Files(HERE / "openapi.json"))
