@@ -4,10 +4,9 @@
 
 Its threads generate a line after a random pause, append it to the common LOG_FILE under a lock, and POST it. With
 SOURCE the lines come from a file that is followed, or from standard input (-), in the common or combined log format
-or as `IP METHOD URI STATUS`.
-It promises: a line that is in the journal is stored once, whichever process is killed, however often it is sent; a
-line that the backend refuses for good is in LOG_FILE.rejected with the reason, once. When the backend is away the
-client waits. It does not: shorten or rename the journal; move it away, with its companions, while no client runs.
+or as `IP METHOD URI STATUS`. A line that is in the journal is stored once, whichever process is killed; one that the
+backend refuses for good is in LOG_FILE.rejected with the reason, once. When the backend is away the client waits.
+It never shortens or renames the journal: move it away, with its companions, while no client runs.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import fcntl
 import http.client
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -25,40 +23,33 @@ import signal
 import sys
 import threading
 import time
-import typing
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
 from urllib.parse import urlsplit
 
 log = logging.getLogger("client")
 
-# ---- Limits ---------------------------------------------------------------------------------------------------------
-
+POLL_SECONDS = 0.05  # between looks at what may have changed
 HTTP_SECONDS = 30.0  # the backend answers a POST within 10 s, by 503 if need be
-BATCH_BYTES = 512 * 1024  # of journal in one POST, whatever BATCH_SIZE says
-CHUNK_BYTES = 256 * 1024  # read from a source at a time; a longer line is taken in pieces, which the backend refuses
-NOTE_BYTES = 8 * CHUNK_BYTES  # a note in .rejected is shorter
-HEAD_BYTES = 256  # of a followed file, by which it is known again
 MAX_DELAY_SECONDS = 30.0  # between attempts to reach the backend
-FOLLOW_SECONDS = 0.2  # between looks at a followed file that has nothing new
 ROTATED_SECONDS = 2.0  # a renamed file must have been quiet for so long before the new one is read
 SHUTDOWN_SECONDS = 5.0  # for delivering what is left after SIGTERM
 PROGRESS_SECONDS = 10.0
-
-# ---- Settings -------------------------------------------------------------------------------------------------------
+CHUNK_BYTES = 256 * 1024  # of a source at a time; a longer line is taken in pieces, which the backend refuses
+BATCH_BYTES = 1024 * 1024  # of the journal in one POST, whatever BATCH_SIZE says; a line is shorter
+TAIL_BYTES = 4 * 1024 * 1024  # of a file that is opened again; a line, or a note in .rejected, is shorter
+HEAD_BYTES = 256  # of a followed file, by which it is known again
 
 
 @dataclass(frozen=True)
 class Settings:
     """Every environment variable by its lower-case name, what it may be, its default; env/client.env explains them."""
 
-    url: Annotated[str, r"https?://[^\s/?#]+(/[^\s?#]*)?", "like http://host:8000/api/data"] = (
-        "http://localhost:8000/api/data"
-    )
+    url: Annotated[str, r"https?://[^\s/?#]+(/[^\s?#]*)?", "an http(s) address"] = "http://localhost:8000/api/data"
     threads_amount: Annotated[int, range(1, 1000)] = 3
     request_delay_limit: Annotated[int, range(10_000_000)] = 5000  # milliseconds
     log_file: Annotated[str, r"[^\0]*[^/\0]", "the path of a file"] = "logs.txt"
@@ -70,203 +61,156 @@ class Settings:
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Settings from the environment; an empty value means the default. A wrong one: one line and exit status 2."""
     values: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(Settings, include_extras=True).items():
-        text = environ.get(name.upper(), "").strip()
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-            text = text[1:-1].strip()
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        text = re.sub(r"""^(['"])(.*)\1$""", r"\2", environ.get(name.upper(), "").strip()).strip()
         rule, *allowed = hint.__metadata__
         if isinstance(rule, range):
-            good = bool(re.fullmatch("[0-9]{1,9}", text)) and int(text) in rule
             allowed = [f"a whole number from {rule[0]} to {rule[-1]}"]
+            good = bool(re.fullmatch("[0-9]{1,9}", text)) and int(text) in rule
         else:
             good = bool(re.fullmatch(rule, text))
-        if text and not good:
+        if good:
+            values[name] = hint.__origin__(text)
+        elif text:
             shown = "(hidden)" if "not shown" in allowed[0] else repr(text)
             print(f"client: {name.upper()} is {shown}: must be {allowed[0]}", file=sys.stderr)
             raise SystemExit(2)
-        if text:
-            values[name] = hint.__origin__(text)
     return Settings(**values)
 
 
-# ---- Lines ----------------------------------------------------------------------------------------------------------
-
-METHODS = ("GET", "GET", "GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
-STATUS_CODES = (200, 200, 200, 201, 204, 301, 304, 400, 401, 403, 404, 500, 503)
-
-# Common and combined log format of Apache and nginx: host ident user [time] "METHOD URI PROTOCOL" status size ...
-ACCESS_LOG = re.compile(rb'(\S+) \S+ .*?\[[^\]]*\] "([^\s"]+) (\S+)(?: [^\s"]*)?" ([0-9]{3})(?: .*)?')
-
-
-def generate_line(dice: random.Random) -> bytes:
-    ip = ".".join(str(dice.randint(1, 254)) for _ in range(4))
-    path = "/".join(f"{dice.randrange(16**4):04x}" for _ in range(dice.randint(1, 3)))
-    return f"{ip} {dice.choice(METHODS)} https://domain.com/{path} {dice.choice(STATUS_CODES)}".encode()
-
-
-def journal_line(line: bytes) -> bytes:
-    """A source line as it goes into the journal: four fields if it is in a known log format, else as it is."""
-    line = line.strip(b" \t\r\n")
-    found = ACCESS_LOG.fullmatch(line)
-    return b" ".join(found.groups()) if found else line
-
-
 # ---- The journal ----------------------------------------------------------------------------------------------------
-
-
-class InUse(Exception):
-    """Another client has this journal."""
 
 
 class Journal:
     """LOG_FILE and its companions: the identity (.journal), how far it is delivered (.position), .rejected, .source.
 
     Why no line is lost or stored twice:
-      * A line is in the journal, and that on disk, before it is sent. What is not acknowledged is sent again: by this
-        process, or by the next one from the position on.
+      * A line is in the journal, and that on disk, before it is sent. What is not acknowledged is sent again, by this
+        process or by the next one. The position is moved after the answer; a stale or lost one costs re-sends only.
       * A line's id is the journal's own UUID with the line's byte offset in its last 48 bits, so whoever sends it,
         and however often, sends the same id; the backend stores an id once.
       * An offset is never used for two lines: only one process appends (flock), a torn tail was never sent, and when
         the journal has become shorter than what was acknowledged, it is another journal and gets another UUID.
-      * The position is moved after the answer. A stale or unreadable one costs re-sends, not copies.
-    The id is a UUID version 8 (RFC 9562); neighbouring lines have neighbouring ids, which keeps the index dense.
+    Why a line of a followed file is in it once: before its lines are appended, .source says on disk from where to
+    where they reach there (`offset`, `offset_after`) and here (`journal`, `journal_after`). If all of them are here,
+    reading goes on behind them; if not, what is here is cut off (the append did not end: none was sent) and read again.
     """
 
-    def __init__(self, path: str) -> None:
-        """Opens or creates it. Raises InUse, or OSError."""
+    def __init__(self, path: str, file: int) -> None:
+        """Takes over the open and locked file as it was left. Raises OSError, and what a spoilt .journal gives."""
         self.path = path
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = file
         self._mutex = threading.Lock()
-        self._closed = False
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise InUse(path) from None
-        self.size = cut_torn_tail(self._file, path)
-        self._end_of_source_lines()
-        self._synced = 0
-        self.grown, self.moved = threading.Event(), threading.Event()  # appended to; acknowledged
+        read_tail(file, path)
+        self.source = self._settle_source()
+        self.size = os.fstat(file).st_size
         self.acknowledged = read_state(f"{path}.position").get("acknowledged", 0)
-        self.identity = self._own_identity()
-        self.acknowledged = min(self.acknowledged, self.size)
-        self.rejected = f"{path}.rejected"
-        self._last_rejected = self._read_last_rejected()
+        self._identity = self._own_identity()
+        self._noted = ""  # the id of the last line in .rejected
 
-    def _end_of_source_lines(self) -> None:
-        """Takes back the lines of a source that a killed process did not append to their end: see SourceState."""
-        state = read_source_state(f"{self.path}.source")
-        if state.journal <= self.size < state.journal_after:
-            os.ftruncate(self._file, state.journal)
-            self.size = state.journal
-            taken_back = replace(state, journal_after=state.journal, offset_after=state.offset)
-            write_state(f"{self.path}.source", asdict(taken_back))
+    def _settle_source(self) -> dict[str, int]:
+        """How far SOURCE is in the journal, after cutting off what a killed process did not append to its end."""
+        state = read_state(f"{self.path}.source")
+        if state.get("journal", 0) <= os.fstat(self._file).st_size < state.get("journal_after", 0):
+            os.ftruncate(self._file, state["journal"])
+            os.fsync(self._file)
+            state |= {"offset_after": state["offset"], "journal_after": state["journal"], "head": 0}
+            write_state(f"{self.path}.source", state)
+        return state
 
     def _own_identity(self) -> str:
         """The first 24 characters of each id. Kept apart from the position: that one may be lost, this one must not."""
         with suppress(FileNotFoundError), open(f"{self.path}.journal", encoding="utf-8") as file:
             if self.acknowledged <= self.size:
                 return str(json.load(file)["identity"])
+        fresh = str(uuid.uuid4())
+        identity = f"{fresh[:14]}8{fresh[15:24]}"  # version 8 of RFC 9562; neighbours keep the index dense
+        write_state(f"{self.path}.journal", {"identity": identity})
+        if self.acknowledged > self.size:  # only now: the old identity must not meet a position that seems to fit
             log.warning("%s is shorter than what was delivered of it: it begins anew", self.path)
             self.acknowledged = 0
             write_state(f"{self.path}.position", {"acknowledged": 0})
-        identity = str(uuid.UUID(int=uuid.uuid4().int & ~(0xF << 76) | 0x8 << 76))[:24]
-        write_state(f"{self.path}.journal", {"identity": identity})
         return identity
 
-    def append(self, lines: Sequence[bytes]) -> None:
-        """Whole lines to the end, or nothing; nothing either once it is closed. Raises OSError."""
+    def left(self) -> int:
+        """Bytes that are not delivered."""
+        return self.size - self.acknowledged
+
+    def append(self, lines: Sequence[bytes], source: Mapping[str, int] | None = None) -> None:
+        """Whole lines to the end, or nothing; `source` says what they are of a followed file. Raises OSError."""
         data = b"".join(line + b"\n" for line in lines)
         with self._mutex:
-            if self._closed:
-                return
+            if source:
+                os.fsync(self._file)  # .source may be ahead of what is on disk by these lines, and by no others
+                reach = {"journal": self.size, "journal_after": self.size + len(data)}
+                write_state(f"{self.path}.source", {**source, **reach})
             append_whole(self._file, data)
             self.size += len(data)
-        self.grown.set()
 
-    def close(self) -> None:
-        """Nothing is appended any more."""
-        with self._mutex:
-            self._closed = True
-
-    def sync(self) -> None:
-        """To disk. Raises OSError."""
-        end = self.size
-        if self._synced < end:
-            os.fsync(self._file)
-            self._synced = end
-
-    def pending(self, count: int) -> list[tuple[str, bytes, int]]:
-        """The next lines to send, oldest first: the id, the line, and the offset behind it."""
-        end = self.size
-        self.sync()  # else a power cut could take a line whose id is in the database already
-        size = BATCH_BYTES
-        data = b""
-        while not data and self.acknowledged < end:
-            data = os.pread(self._file, min(size, end - self.acknowledged), self.acknowledged)
-            data = data[: data.rfind(b"\n") + 1]
-            size *= 2
-        lines, offset = [], self.acknowledged
-        for line in data.split(b"\n", count)[: min(count, data.count(b"\n"))]:
-            behind = offset + len(line) + 1
-            lines.append((f"{self.identity}{offset:012x}", line, behind))
-            offset = behind
+    def pending(self, count: int) -> list[tuple[str, bytes]]:
+        """The next lines to send with their ids, oldest first. Raises OSError."""
+        offset, end = self.acknowledged, self.size
+        os.fsync(self._file)  # else a power cut could take a line whose id is in the database already
+        data = os.pread(self._file, min(BATCH_BYTES, end - offset), offset)
+        lines = []
+        for line in data.split(b"\n", count)[:-1]:
+            lines.append((f"{self._identity}{offset:012x}", line))
+            offset += len(line) + 1
         return lines
 
-    def acknowledge(self, behind: int) -> None:
-        self.acknowledged = behind
-        self.moved.set()
+    def acknowledge(self, lines: Sequence[tuple[str, bytes]]) -> None:
+        """The next lines, as `pending` gave them, are stored or noted as refused."""
+        self.acknowledged += sum(len(line) + 1 for _, line in lines)
         with suppress(OSError):  # stale is safe
-            write_state(f"{self.path}.position", {"acknowledged": behind}, durable=False)
+            write_state(f"{self.path}.position", {"acknowledged": self.acknowledged}, durable=False)
 
     def reject(self, record_id: str, line: bytes, reason: str) -> None:
         """Notes a refused line, once: the notes are in the order of the journal, so the last one says what is there."""
-        if self._last_rejected < record_id or not record_id.startswith(self._last_rejected[:24]):
-            note = json.dumps({"id": record_id, "reason": reason, "log": line.decode(errors="backslashreplace")})
-            descriptor = os.open(self.rejected, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            try:
-                append_whole(descriptor, note.encode() + b"\n")
-                self._last_rejected = record_id
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-    def _read_last_rejected(self) -> str:
-        """The id of the last whole note."""
-        try:
-            with open(self.rejected, "r+b") as file:
-                size = cut_torn_tail(file.fileno(), self.rejected)
-                notes = os.pread(file.fileno(), NOTE_BYTES, max(0, size - NOTE_BYTES)).splitlines()
-                return str(json.loads(notes[-1])["id"]) if notes else ""
-        except FileNotFoundError:
-            return ""
+        note = json.dumps({"id": record_id, "reason": reason, "log": line.decode(errors="backslashreplace")})
+        with open(f"{self.path}.rejected", "a+b") as file:
+            if not self._noted:
+                own = re.compile(b'^{"id": "(%s.{12})' % self._identity.encode(), re.MULTILINE)
+                self._noted = max(own.findall(read_tail(file.fileno(), file.name)), default=b"").decode()
+            if record_id > self._noted:
+                append_whole(file.fileno(), note.encode() + b"\n")
+                self._noted = record_id
+                os.fsync(file.fileno())
 
 
-def cut_torn_tail(descriptor: int, path: str) -> int:
-    """Cuts off what follows the last line feed, the rest of a write that a crash cut short; the new size."""
-    end = start = os.fstat(descriptor).st_size
-    while start:
-        start = max(0, start - CHUNK_BYTES)
-        newline = os.pread(descriptor, CHUNK_BYTES, start).rfind(b"\n")
-        if newline >= 0:
-            start += newline + 1
-            break
-    if start < end:
-        log.warning("%s: cut off %d bytes of a line that was not written to its end", path, end - start)
-        os.ftruncate(descriptor, start)
-    return start
-
-
-def append_whole(descriptor: int, data: bytes) -> None:
-    """Appends all of it, or cuts off again what was written of it. Raises OSError."""
-    size = os.fstat(descriptor).st_size
+def open_journal(path: str, number: int = 1) -> Journal:
+    """With %n in the path: the first of 1, 2, 3... that no other client has. Raises BlockingIOError if one has it."""
+    name = path.replace("%n", str(number))
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        if name == path:
+            raise
+        return open_journal(path, number + 1)
+    return Journal(name, file)
+
+
+def read_tail(file: int, path: str) -> bytes:
+    """The last lines of a file, after cutting off what a crash left of one that was not written to its end."""
+    size = os.fstat(file).st_size
+    tail = os.pread(file, TAIL_BYTES, max(0, size - TAIL_BYTES))
+    torn = len(tail) - tail.rfind(b"\n") - 1
+    if torn:
+        log.warning("%s: cut off %d bytes of a line that was not written to its end", path, torn)
+        os.ftruncate(file, size - torn)
+    return tail
+
+
+def append_whole(file: int, data: bytes) -> None:
+    """Appends all of it, or cuts off again what was written of it. Raises OSError."""
+    size = os.fstat(file).st_size
+    try:
+        while data:
+            data = data[os.write(file, data) :]
     except OSError:
-        os.ftruncate(descriptor, size)
+        os.ftruncate(file, size)
         raise
 
 
@@ -274,8 +218,7 @@ def read_state(path: str) -> dict[str, int]:
     """A small JSON object of numbers; empty if there is none or it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
-            state = json.load(file)
-            return {name: value for name, value in state.items() if isinstance(value, int)}
+            return {name: value for name, value in json.load(file).items() if isinstance(value, int)}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -290,41 +233,32 @@ def write_state(path: str, state: Mapping[str, Any], durable: bool = True) -> No
     os.replace(f"{path}.new", path)
 
 
-def open_journal(path: str) -> Journal:
-    """The journal at a path. With %n in it: the first of path 1, 2, 3... that no running client has. Raises InUse."""
-    number = 1
-    while True:
-        try:
-            return Journal(path.replace("%n", str(number)))
-        except InUse:
-            if "%n" not in path:
-                raise
-            number += 1
+# ---- Where lines come from ------------------------------------------------------------------------------------------
+
+METHODS = ("GET", "GET", "GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
+STATUS_CODES = (200, 200, 200, 201, 204, 301, 304, 400, 401, 403, 404, 500, 503)
+
+# Common and combined log format of Apache and nginx: host ident user [time] "METHOD URI PROTOCOL" status size ...
+ACCESS_LOG = re.compile(rb'(\S+) \S+ .*?\[[^\]]*\] "([^\s"]+) (\S+)(?: [^\s"]*)?" ([0-9]{3})(?: .*)?')
 
 
-# ---- Sources --------------------------------------------------------------------------------------------------------
+def generate_line() -> bytes:
+    ip = ".".join(str(random.randint(1, 254)) for _ in range(4))
+    path = "/".join(f"{random.randrange(16**4):04x}" for _ in range(random.randint(1, 3)))
+    return f"{ip} {random.choice(METHODS)} https://domain.com/{path} {random.choice(STATUS_CODES)}".encode()
 
 
-@dataclass(frozen=True)
-class SourceState:
-    """Up to where a followed file is in the journal; on disk before the lines are appended.
-
-    If the journal has reached `journal_after`, those lines are in it, and reading goes on at `offset_after`. If it has
-    not, what there is of them is cut off (none was sent, as the append did not end) and read again from `offset`.
-    """
-
-    device: int = 0
-    inode: int = 0
-    head: int = 0  # checksum of the first HEAD_BYTES, or of those up to offset_after
-    offset: int = 0
-    offset_after: int = 0
-    journal: int = 0
-    journal_after: int = 0
+def journal_line(line: bytes) -> bytes:
+    """A source line as it goes into the journal: four fields if it is in a known log format, else as it is."""
+    line = line.strip(b" \t\r\n")
+    found = ACCESS_LOG.fullmatch(line)
+    return b" ".join(found.groups()) if found else line
 
 
-def read_source_state(path: str) -> SourceState:
-    state = read_state(path)
-    return SourceState(**{name: state[name] for name in vars(SourceState()) if name in state})
+def whole_lines(data: bytes, ended: bool) -> tuple[list[bytes], int]:
+    """The lines that a chunk of a source begins with, and how many bytes of it they are."""
+    end = data.rfind(b"\n") + 1 or (len(data) if ended or len(data) == CHUNK_BYTES else 0)
+    return [line for line in map(journal_line, data[:end].split(b"\n")) if line], end
 
 
 class FollowedFile:
@@ -333,339 +267,251 @@ class FollowedFile:
     def __init__(self, path: str, journal: Journal) -> None:
         self._path = path
         self._journal = journal
-        self._state_path = f"{journal.path}.source"
-        self._state = read_source_state(self._state_path)
+        known = journal.source
+        self._inode, self._head, self._offset = (known.get(key, 0) for key in ("inode", "head", "offset_after"))
         self._file = -1
-        self._quiet_since = 0.0
+        self._seen_at = 0.0  # when it was last at its path, or had something new
 
     def step(self) -> bool:
         """Moves one chunk of lines into the journal; False if there is nothing new. Raises OSError."""
         if self._file < 0:
-            self._open()
-        if not self._goes_on():
+            self._file, self._seen_at = self._open(), time.monotonic()
+        if not self._goes_on(self._file):
             log.warning("%s was truncated or replaced; reading it from its beginning", self._path)
-            self._state = replace(self._state, offset_after=0)
-        offset = self._state.offset_after
-        data = os.pread(self._file, CHUNK_BYTES, offset)
-        replaced = not data.count(b"\n") and len(data) < CHUNK_BYTES and self._is_replaced()
-        end = data.rfind(b"\n") + 1 or (len(data) if replaced or len(data) == CHUNK_BYTES else 0)
-        if end:
-            self._quiet_since = 0.0
-            self._move(data[:end], offset + end)
-        elif replaced:
+            self._offset = 0
+        data = os.pread(self._file, CHUNK_BYTES, self._offset)
+        ended = b"\n" not in data and self._is_left()
+        lines, length = whole_lines(data, ended)
+        if length:
+            self._move(lines, self._offset + length)
+        elif ended:
             os.close(self._file)
-            self._file = -1
-            self._state = SourceState(journal=self._journal.size, journal_after=self._journal.size)
-        return end > 0 or replaced
+            self._file, self._offset = -1, 0
+        return length > 0 or ended
 
-    def _move(self, data: bytes, offset_after: int) -> None:
-        lines = [line for line in map(journal_line, data.split(b"\n")) if line]
-        status = os.fstat(self._file)
-        size = self._journal.size
-        state = SourceState(
-            status.st_dev,
-            status.st_ino,
-            zlib.crc32(os.pread(self._file, min(HEAD_BYTES, offset_after), 0)),
-            self._state.offset_after,
-            offset_after,
-            size,
-            size + sum(len(line) + 1 for line in lines),
-        )
-        self._journal.sync()  # the state must never be ahead of the journal by more than one chunk
-        write_state(self._state_path, asdict(state))
-        self._journal.append(lines)
-        self._state = state
+    def _move(self, lines: Sequence[bytes], end: int) -> None:
+        inode = os.fstat(self._file).st_ino
+        head = zlib.crc32(os.pread(self._file, min(HEAD_BYTES, end), 0))
+        self._journal.append(lines, {"inode": inode, "head": head, "offset": self._offset, "offset_after": end})
+        self._inode, self._head, self._offset, self._seen_at = inode, head, end, time.monotonic()
 
-    def _open(self) -> None:
-        """Opens the file that was followed last, also under another name, else the one at the path."""
-        folder = os.path.dirname(self._path) or "."
-        if self._state.inode:
-            for entry in os.scandir(folder):
-                if entry.is_file() and self._names(entry.stat()):
-                    self._file = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
-                    if self._goes_on() or os.path.samefile(entry.path, self._path):
-                        return
-                    os.close(self._file)  # another file that got the inode of the one we followed
-                    self._file = -1
-            log.warning("%s was replaced while no client ran; what came after byte %d of the old one is not here",
-                        self._path, self._state.offset_after)  # fmt: skip
-            self._state = SourceState(journal=self._journal.size, journal_after=self._journal.size)
-        self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+    def _open(self) -> int:
+        """The file that was followed last, also under another name; else the one at the path."""
+        for entry in os.scandir(os.path.dirname(self._path) or ".") if self._offset else ():
+            if entry.is_file() and entry.stat().st_ino == self._inode:
+                file = os.open(entry.path, os.O_RDONLY)
+                if self._goes_on(file):
+                    return file
+                os.close(file)  # truncated, or another file that got its inode
+        return os.open(self._path, os.O_RDONLY)
 
-    def _names(self, status: os.stat_result) -> bool:
-        return (self._state.device, self._state.inode) == (status.st_dev, status.st_ino)
+    def _goes_on(self, file: int) -> bool:
+        """Reading may go on there: the file is the same one, not shorter than what was read of it, nor begun anew."""
+        status = os.fstat(file)
+        head = zlib.crc32(os.pread(file, min(HEAD_BYTES, self._offset), 0))
+        same = status.st_ino == self._inode and status.st_size >= self._offset and self._head in (0, head)
+        return same or not self._offset
 
-    def _goes_on(self) -> bool:
-        """The open file begins as the one that was followed, and is not shorter than what was read of it."""
-        offset = self._state.offset_after
-        head = os.pread(self._file, min(HEAD_BYTES, offset), 0)
-        return os.fstat(self._file).st_size >= offset and (not offset or zlib.crc32(head) == self._state.head)
-
-    def _is_replaced(self) -> bool:
+    def _is_left(self) -> bool:
         """Another file is at the path, and ours has been quiet since: its writer has let go of it."""
-        try:
-            other = not os.path.samestat(os.stat(self._path), os.fstat(self._file))
-        except FileNotFoundError:
-            return False
-        now = time.monotonic()
-        self._quiet_since = (self._quiet_since or now) if other else 0.0
-        return other and now - self._quiet_since > ROTATED_SECONDS
+        with suppress(FileNotFoundError):  # renamed, and the new one is not there yet
+            if not os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+                return time.monotonic() - self._seen_at > ROTATED_SECONDS
+        self._seen_at = time.monotonic()
+        return False
 
 
 def follow(path: str, journal: Journal, stop: threading.Event) -> None:
     """Moves the lines of a file into the journal until `stop`. A file that is not there yet is waited for."""
     file = FollowedFile(path, journal)
-    trouble = ""
     while not stop.is_set():
-        try:
-            moved = file.step()
-            trouble = ""
-        except OSError as error:
-            moved = False
-            if trouble != str(error):
-                trouble = str(error)
-                log.warning("SOURCE %s: %s; trying on", path, trouble)
-        if not moved:
-            stop.wait(FOLLOW_SECONDS)
+        if not patiently(stop, f"SOURCE {path}", file.step):
+            stop.wait(POLL_SECONDS)
 
 
 def read_stdin(journal: Journal, stop: threading.Event) -> None:
     """Moves the lines of standard input into the journal until its end, or until `stop`."""
     rest, ended = b"", False
     while not ended and not stop.is_set():
-        if select.select([0], [], [], FOLLOW_SECONDS)[0]:
-            data = os.read(0, CHUNK_BYTES)
+        if select.select([0], [], [], POLL_SECONDS)[0]:
+            data = os.read(0, CHUNK_BYTES - len(rest))
             rest, ended = rest + data, not data
-            end = len(rest) if ended else rest.rfind(b"\n") + 1 or (len(rest) if len(rest) > CHUNK_BYTES else 0)
-            append_patiently(journal, [line for line in map(journal_line, rest[:end].split(b"\n")) if line], stop)
-            rest = rest[end:]
+            lines, length = whole_lines(rest, ended)
+            patiently(stop, f"cannot write to {journal.path}", journal.append, lines)
+            rest = rest[length:]
 
 
-def append_patiently(journal: Journal, lines: Sequence[bytes], stop: threading.Event) -> None:
-    """Appends, or waits until there is room for it."""
+def generate(delay_seconds: float, journal: Journal, courier: Courier, stop: threading.Event) -> None:
+    """Makes up lines and delivers them until `stop`."""
+    while not stop.wait(random.uniform(0, delay_seconds)):
+        patiently(stop, f"cannot write to {journal.path}", journal.append, [generate_line()])
+        courier.deliver()
+
+
+def patiently(stop: threading.Event, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
+    """Does it; while the disk or the file does not let it, says so once and tries on, until `stop`."""
     said = False
-    while lines:
+    while True:
         try:
-            return journal.append(lines)
+            return action(*arguments)
         except OSError as error:
             if not said:
-                log.warning("cannot write to %s: %s; waiting", journal.path, error)
+                log.warning("%s: %s; waiting", what, error)
             said = True
-        if stop.wait(1.0):
-            return log.error("%d lines did not get into %s", len(lines), journal.path)
+        if stop.wait(POLL_SECONDS):
+            return log.error("%s: stopped before that was over", what)
 
 
 # ---- Delivery -------------------------------------------------------------------------------------------------------
 
 
-class NotDelivered(Exception):
-    """The outcome is open or the backend cannot take it now: send the same again."""
-
-    def __init__(self, reason: str, retry_after_seconds: float = 0.0) -> None:
-        super().__init__(reason)
-        self.retry_after_seconds = retry_after_seconds
-
-
 class Courier:
     """Sends what is in the journal, in its order. Any thread may call `deliver`; one at a time sends, for all."""
 
-    def __init__(self, settings: Settings, journal: Journal, give_up: threading.Event) -> None:
-        parts = urlsplit(settings.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.netloc, timeout=HTTP_SECONDS)
-        self._path = parts.path or "/"
+    def __init__(self, settings: Settings, journal: Journal) -> None:
+        url = urlsplit(settings.url)
+        connection = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+        self._connection = connection(url.netloc, timeout=HTTP_SECONDS)
+        self._path = url.path or "/"
         self._headers = {"Content-Type": "application/json"}
         if settings.api_token:
             self._headers["Authorization"] = f"Bearer {settings.api_token}"
         self._journal = journal
-        self._give_up = give_up
+        self._batch_size = settings.batch_size
         self._turn = threading.Lock()
-        self._batch_size = self._count = settings.batch_size
-        self._failures = 0
-        self._down_since = 0.0
-        self.delivered = 0
-        self.refused = 0
+        self._delivered = self._refused = 0
+        self._down_since = self._not_before = 0.0
+        self._said_at = time.monotonic()
 
-    def deliver(self) -> None:
-        """Sends the next batch, unless another thread is at it.
+    def deliver_always(self) -> None:
+        """What an earlier run left, what comes from a source, and what other threads had no turn for."""
+        while True:
+            if not self.deliver():
+                time.sleep(POLL_SECONDS)
 
-        No line is forgotten: who finds the turn taken has appended before, and the owner of the turn looks at the
-        journal's size after giving it back, and wakes the thread that delivers always if there is more to send.
-        """
-        if self._journal.acknowledged < self._journal.size and self._turn.acquire(blocking=False):
+    def deliver(self) -> bool:
+        """Sends the next batch; False if there is none, another thread is at it, or it is not the time."""
+        if self._turn.locked():
+            return False
+        with self._turn:
+            if not self._journal.left() or time.monotonic() < self._not_before:
+                return False
+            kept = self._connection.sock is not None
             try:
-                self._give_up.wait(self._send_next())
-            finally:
-                self._turn.release()
-            if self._journal.acknowledged < self._journal.size:
-                self._journal.grown.set()
+                self._send(self._journal.pending(self._batch_size))
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                self._connection.close()
+                if not kept or isinstance(error, ValueError):  # else it may have been closed long ago: try a new one
+                    self._put_off(error)
+            return True
 
-    def _send_next(self) -> float:
-        """One batch; the seconds to wait before the next one."""
-        try:
-            lines = self._journal.pending(self._count)
-            self._send(lines)
-        except (NotDelivered, OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            self._connection.close()
-            self._failures += 1
-            if self._failures == 1 and not isinstance(error, NotDelivered):
-                return 0.0  # a kept connection that the backend has closed: a new one may do
-            if not self._down_since:
-                self._down_since = time.monotonic()
-                log.warning("not delivered: %s; keeping all lines and trying on", describe(error))
-            wish = error.retry_after_seconds if isinstance(error, NotDelivered) else 0.0
-            backoff = min(MAX_DELAY_SECONDS, math.ldexp(0.1, min(self._failures, 20)))
-            return wish + random.uniform(0.5, 1.0) * backoff
-        if self._down_since:
-            log.info("delivering again after %.1f s", time.monotonic() - self._down_since)
-        self._failures, self._down_since = 0, 0.0
-        return 0.0
+    def _put_off(self, error: Exception) -> None:
+        """Whatever went wrong, on the disk too: all lines are kept and sent again, after a pause that grows."""
+        now = time.monotonic()
+        if not self._down_since:
+            self._down_since = now
+            log.warning("not delivered: %s; keeping all lines and trying on", error)
+        pause = min(MAX_DELAY_SECONDS, max(0.2, now - self._down_since))  # as long again as the outage has been
+        self._not_before = max(now, self._not_before) + random.uniform(0.5, 1.0) * pause
 
-    def _send(self, lines: Sequence[tuple[str, bytes, int]]) -> None:
-        """POSTs lines and notes the outcome. Raises NotDelivered and what http.client and the disk raise."""
-        items = [{"id": record_id, "log": line.decode(errors="surrogateescape")} for record_id, line, _ in lines]
+    def _send(self, lines: Sequence[tuple[str, bytes]]) -> None:
+        """POSTs lines and notes the outcome. Raises ValueError and what http.client and the disk raise."""
+        items = [{"id": record_id, "log": line.decode(errors="surrogateescape")} for record_id, line in lines]
         self._connection.request("POST", self._path, json.dumps(items), self._headers)
         response = self._connection.getresponse()
-        body = response.read()
-        answer = read_answer(response, body, len(lines) > 1)
-        if "rejected" not in answer and len(lines) > 1:
-            self._count = len(lines) // 2  # as a whole it is too much or too odd: find out for which line
-            return
-        refused = answer.get("rejected", [{"index": 0, "reason": answer.get("detail", "")}])
-        if answer.get("accepted", 0) + answer.get("duplicates", 0) + len(refused) != len(lines):
-            raise NotDelivered(f"the answer does not account for {len(lines)} lines: {body[:300]!r}")
+        wish = response.headers.get("Retry-After", "")
+        self._not_before = time.monotonic() + (float(wish) if re.fullmatch("[0-9]{1,4}", wish) else 0)
+        refused = read_answer(response, len(lines))
+        if refused is None:
+            return self._send(lines[: len(lines) // 2])
         for item in refused:
-            record_id, line, _ = lines[item["index"]]
+            record_id, line = lines[item["index"]]
             self._journal.reject(record_id, line, str(item["reason"]))
-        self._journal.acknowledge(lines[-1][2])
-        self.delivered += len(lines) - len(refused)
-        self.refused += len(refused)
-        self._count = self._batch_size
+        self._journal.acknowledge(lines)
+        self._delivered += len(lines) - len(refused)
+        self._refused += len(refused)
+        if self._down_since:
+            log.info("delivering again after %.1f s", time.monotonic() - self._down_since)
+            self._down_since = 0.0
+        if time.monotonic() > self._said_at + PROGRESS_SECONDS:
+            self.say("going on")
+
+    def say(self, what: str) -> None:
+        self._said_at = time.monotonic()
+        log.info("%s; %d lines delivered, %d refused, %d bytes left in the journal %s",
+                 what, self._delivered, self._refused, self._journal.left(), self._journal.path)  # fmt: skip
 
 
-def read_answer(response: http.client.HTTPResponse, body: bytes, several: bool) -> dict[str, Any]:
-    """What the backend says of a batch; without "rejected" it refuses the request as a whole. Raises NotDelivered.
+def read_answer(response: http.client.HTTPResponse, count: int) -> list[dict[str, Any]] | None:
+    """Which of so many lines are refused for good; None: all as a whole are, to be sent in parts to find out which.
 
     Only an answer of the backend itself may end the life of a line: a proxy's 400, a wrong address or a wrong token
-    will be mended by somebody, and until then the lines wait.
+    will be mended by somebody, and until then the lines wait. Raises ValueError.
     """
+    body = response.read()
     kind = response.headers.get_content_type()
     if response.status in (200, 201) and kind == "application/json":
         answer = json.loads(body)
-        if isinstance(answer, dict) and {"accepted", "duplicates", "rejected"} <= answer.keys():
-            return answer
+        if answer["accepted"] + answer["duplicates"] + len(answer["rejected"]) == count:
+            return list(answer["rejected"])
     elif response.status in (400, 413) and kind == "application/problem+json":
-        return dict(json.loads(body))
-    elif response.status == 413 and several:
-        return {}  # a proxy's limit
-    wish = response.headers.get("Retry-After", "")
-    seconds = float(wish) if re.fullmatch("[0-9]{1,4}", wish) else 0.0
-    raise NotDelivered(f"answer {response.status}: {' '.join(body[:300].decode(errors='replace').split())}", seconds)
-
-
-def describe(error: Exception) -> str:
-    return str(error) if isinstance(error, NotDelivered) else f"{type(error).__name__}: {error}"
+        problem: dict[str, Any] = json.loads(body)
+        return problem.get("rejected") or (None if count > 1 else [{"index": 0, "reason": problem.get("detail", "")}])
+    elif response.status == 413 and count > 1:  # a proxy's limit
+        return None
+    raise ValueError(f"answer {response.status}: {' '.join(body[:300].decode(errors='replace').split())}")
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
-def generate(settings: Settings, journal: Journal, courier: Courier, stop: threading.Event) -> None:
-    """The life of one generating thread."""
-    dice = random.Random()
-    while not stop.wait(dice.uniform(0, settings.request_delay_limit / 1000)):
-        append_patiently(journal, [generate_line(dice)], stop)
-        courier.deliver()
+def start(target: Callable[..., None], *arguments: Any) -> threading.Thread:
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
+    thread.start()
+    return thread
 
 
-def deliver_always(journal: Journal, courier: Courier, stop: threading.Event) -> None:
-    """The life of the thread that delivers what an earlier run left, and what comes from a source."""
-    while not stop.is_set():
-        journal.grown.wait(PROGRESS_SECONDS)
-        journal.grown.clear()
-        courier.deliver()
+def fail(thread: threading.ExceptHookArgs) -> None:
+    """A thread has failed: the end of all, which is as safe as kill -9."""
+    log.critical("a thread failed", exc_info=thread.exc_value)
+    os._exit(1)
 
 
-class Crew:
-    """Threads that end with the process. One that fails is logged and ends all."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self.stop = stop
-        self.failed = False
-
-    def start(self, target: Any, *arguments: Any) -> threading.Thread:
-        def work() -> None:
-            try:
-                target(*arguments)
-            except Exception:
-                log.exception("%s failed", target.__name__)
-                self.failed = True
-                self.stop.set()
-
-        thread = threading.Thread(target=work, name=target.__name__, daemon=True)
-        thread.start()
-        return thread
-
-
-def run(settings: Settings, journal: Journal, stop: threading.Event) -> int:
+def run(settings: Settings, journal: Journal, stop: threading.Event) -> None:
     """Produces and delivers until `stop`, or until standard input has ended and all of it is delivered."""
-    give_up = threading.Event()
-    courier = Courier(settings, journal, give_up)
-    crew = Crew(stop)
-    journal.grown.set()
-    crew.start(deliver_always, journal, courier, give_up)
+    courier = Courier(settings, journal)
+    start(courier.deliver_always)
     if settings.source == "-":
-        producers = [crew.start(read_stdin, journal, stop)]
+        producers = [start(read_stdin, journal, stop)]
     elif settings.source:
-        producers = [crew.start(follow, settings.source, journal, stop)]
+        producers = [start(follow, settings.source, journal, stop)]
     else:
-        producers = [crew.start(generate, settings, journal, courier, stop) for _ in range(settings.threads_amount)]
-
-    said, said_at = 0, time.monotonic()
-    while not stop.is_set():
-        time.sleep(0.1)
-        if not any(thread.is_alive() for thread in producers) and journal.acknowledged == journal.size:
-            break
-        now = time.monotonic()
-        if now - said_at >= PROGRESS_SECONDS:
-            if courier.delivered != said:
-                rate = (courier.delivered - said) / (now - said_at)
-                log.info("%d lines delivered (%.0f/s), %d refused, %d bytes of the journal waiting",
-                         courier.delivered, rate, courier.refused, journal.size - journal.acknowledged)  # fmt: skip
-            said, said_at = courier.delivered, now
-
-    deadline = time.monotonic() + SHUTDOWN_SECONDS
-    for thread in producers:
-        thread.join(1.0 if settings.source else 0)
-    journal.close()
-    while journal.acknowledged < journal.size and time.monotonic() < deadline:
-        journal.moved.wait(0.1)
-        journal.moved.clear()
-    give_up.set()
-    log.info("stopped; %d lines delivered, %d refused, %d bytes left in %s for the next start",
-             courier.delivered, courier.refused, journal.size - journal.acknowledged, journal.path)  # fmt: skip
-    return int(crew.failed)
+        delay_seconds = settings.request_delay_limit / 1000
+        producers = [start(generate, delay_seconds, journal, courier, stop) for _ in range(settings.threads_amount)]
+    deadline = float("inf")
+    while (any(thread.is_alive() for thread in producers) or journal.left()) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        if stop.is_set():
+            deadline = min(deadline, time.monotonic() + SHUTDOWN_SECONDS)
+    courier.say("stopped")
 
 
 def main() -> int:
     settings = read_settings(os.environ)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s client: %(message)s")
+    threading.excepthook = fail
     stop = threading.Event()  # the main thread never waits for it: a handler cannot set what its own thread has locked
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
         journal = open_journal(settings.log_file)
-    except InUse as error:
-        log.error("LOG_FILE %s is in use by another client", error)
-        return 1
-    except OSError as error:
-        log.error("LOG_FILE %s cannot be used: %s", settings.log_file, error.strerror or error)
-        return 1
-    except (ValueError, LookupError, TypeError) as error:
-        log.error("%s.journal, which names the journal, cannot be read (%s): restore it", settings.log_file, error)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        why = "is in use by another client" if isinstance(error, BlockingIOError) else f"cannot be used: {error!r}"
+        log.error("LOG_FILE %s %s", settings.log_file, why)
         return 1
     log.info("journal %s, delivering to %s", journal.path, settings.url)
-    return run(settings, journal, stop)
+    run(settings, journal, stop)
+    return 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ SABOTAGES = {
     "position-before-answer": (
         "client.py",
         "        self._connection.request(",
-        "        self._journal.acknowledge(lines[-1][2])\n        self._connection.request(",
+        "        self._journal.acknowledge(lines)\n        self._connection.request(",
     ),
     "id-of-its-own-for-each-try": (
         "client.py",
