@@ -37,7 +37,7 @@ POLL_SECONDS = 0.05  # between looks at what may have changed
 HTTP_SECONDS = 30.0  # the backend answers a POST within 10 s, by 503 if need be
 MAX_DELAY_SECONDS = 30.0  # between attempts to reach the backend
 ROTATED_SECONDS = 2.0  # a renamed file must have been quiet for so long before the new one is read
-SHUTDOWN_SECONDS = 5.0  # for delivering what is left after SIGTERM
+SHUTDOWN_SECONDS = 4.5  # for delivering what is left after SIGTERM; the process ends within 5 s
 PROGRESS_SECONDS = 10.0
 CHUNK_BYTES = 256 * 1024  # of a source at a time; a longer line is taken in pieces, which the backend refuses
 BATCH_BYTES = 1024 * 1024  # of the journal in one POST, whatever BATCH_SIZE says; a line is shorter
@@ -49,7 +49,7 @@ HEAD_BYTES = 256  # of a followed file, by which it is known again
 class Settings:
     """Every environment variable by its lower-case name, what it may be, its default; env/client.env explains them."""
 
-    url: Annotated[str, r"https?://[^\s/?#]+(/[^\s?#]*)?", "an http(s) address"] = "http://localhost:8000/api/data"
+    url: Annotated[str, r"https?://[^\s/?#]+(/[^\s?#]*)?", "like http://host/path"] = "http://localhost:8000/api/data"
     threads_amount: Annotated[int, range(1, 1000)] = 3
     request_delay_limit: Annotated[int, range(10_000_000)] = 5000  # milliseconds
     log_file: Annotated[str, r"[^\0]*[^/\0]", "the path of a file"] = "logs.txt"
@@ -82,7 +82,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 
 
 class Journal:
-    """LOG_FILE and its companions: the identity (.journal), how far it is delivered (.position), .rejected, .source.
+    """LOG_FILE, and beside it: its identity (.journal), how far it is delivered (.position), .rejected, .source.
 
     Why no line is lost or stored twice:
       * A line is in the journal, and that on disk, before it is sent. What is not acknowledged is sent again, by this
@@ -97,40 +97,37 @@ class Journal:
     """
 
     def __init__(self, path: str, file: int) -> None:
-        """Takes over the open and locked file as it was left. Raises OSError, and what a spoilt .journal gives."""
+        """Takes over the open and locked file as it was left. Raises OSError, and what a spoilt .journal gives.
+
+        The identity is kept apart from the position, as that may be lost or stale.
+        """
         self.path = path
         self._file = file
         self._mutex = threading.Lock()
         read_tail(file, path)
-        self.source = self._settle_source()
         self.size = os.fstat(file).st_size
+        self.source = read_state(f"{path}.source")
+        if self.source.get("journal", 0) <= self.size < self.source.get("journal_after", 0):
+            self._take_back_source()
         self.acknowledged = read_state(f"{path}.position").get("acknowledged", 0)
-        self._identity = self._own_identity()
+        if self.acknowledged > self.size or not os.path.exists(f"{path}.journal"):
+            fresh = str(uuid.uuid4())  # made a version 8 of RFC 9562; neighbouring ids keep the index dense
+            write_state(f"{path}.journal", {"identity": f"{fresh[:14]}8{fresh[15:24]}"})
+        if self.acknowledged > self.size:  # after that: the old identity must not meet a position that seems to fit
+            log.warning("%s is shorter than what was delivered of it: it begins anew", path)
+            self.acknowledged = 0
+            write_state(f"{path}.position", {"acknowledged": 0})
+        with open(f"{path}.journal", encoding="utf-8") as identity:
+            self._identity = str(json.load(identity)["identity"])
         self._noted = ""  # the id of the last line in .rejected
 
-    def _settle_source(self) -> dict[str, int]:
-        """How far SOURCE is in the journal, after cutting off what a killed process did not append to its end."""
-        state = read_state(f"{self.path}.source")
-        if state.get("journal", 0) <= os.fstat(self._file).st_size < state.get("journal_after", 0):
-            os.ftruncate(self._file, state["journal"])
-            os.fsync(self._file)
-            state |= {"offset_after": state["offset"], "journal_after": state["journal"], "head": 0}
-            write_state(f"{self.path}.source", state)
-        return state
-
-    def _own_identity(self) -> str:
-        """The first 24 characters of each id. Kept apart from the position: that one may be lost, this one must not."""
-        with suppress(FileNotFoundError), open(f"{self.path}.journal", encoding="utf-8") as file:
-            if self.acknowledged <= self.size:
-                return str(json.load(file)["identity"])
-        fresh = str(uuid.uuid4())
-        identity = f"{fresh[:14]}8{fresh[15:24]}"  # version 8 of RFC 9562; neighbours keep the index dense
-        write_state(f"{self.path}.journal", {"identity": identity})
-        if self.acknowledged > self.size:  # only now: the old identity must not meet a position that seems to fit
-            log.warning("%s is shorter than what was delivered of it: it begins anew", self.path)
-            self.acknowledged = 0
-            write_state(f"{self.path}.position", {"acknowledged": 0})
-        return identity
+    def _take_back_source(self) -> None:
+        """Cuts off the lines of SOURCE that a killed process did not append to their end; they are read again."""
+        self.size = self.source["journal"]
+        os.ftruncate(self._file, self.size)
+        os.fsync(self._file)
+        self.source |= {"offset_after": self.source["offset"], "journal_after": self.size, "head": 0}
+        write_state(f"{self.path}.source", self.source)
 
     def left(self) -> int:
         """Bytes that are not delivered."""
@@ -142,8 +139,8 @@ class Journal:
         with self._mutex:
             if source:
                 os.fsync(self._file)  # .source may be ahead of what is on disk by these lines, and by no others
-                reach = {"journal": self.size, "journal_after": self.size + len(data)}
-                write_state(f"{self.path}.source", {**source, **reach})
+                here = {"journal": self.size, "journal_after": self.size + len(data)}
+                write_state(f"{self.path}.source", {**source, **here})
             append_whole(self._file, data)
             self.size += len(data)
 
@@ -216,11 +213,9 @@ def append_whole(file: int, data: bytes) -> None:
 
 def read_state(path: str) -> dict[str, int]:
     """A small JSON object of numbers; empty if there is none or it cannot be read."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return {name: value for name, value in json.load(file).items() if isinstance(value, int)}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    with suppress(OSError, ValueError, AttributeError), open(path, encoding="utf-8") as file:
+        return {name: value for name, value in json.load(file).items() if isinstance(value, int)}
+    return {}
 
 
 def write_state(path: str, state: Mapping[str, Any], durable: bool = True) -> None:
@@ -267,8 +262,9 @@ class FollowedFile:
     def __init__(self, path: str, journal: Journal) -> None:
         self._path = path
         self._journal = journal
-        known = journal.source
-        self._inode, self._head, self._offset = (known.get(key, 0) for key in ("inode", "head", "offset_after"))
+        self._inode = journal.source.get("inode", 0)
+        self._head = journal.source.get("head", 0)  # checksum of the first bytes of what was read; 0: not known
+        self._offset = journal.source.get("offset_after", 0)
         self._file = -1
         self._seen_at = 0.0  # when it was last at its path, or had something new
 
@@ -286,7 +282,7 @@ class FollowedFile:
             self._move(lines, self._offset + length)
         elif ended:
             os.close(self._file)
-            self._file, self._offset = -1, 0
+            self._file, self._inode, self._offset = -1, 0, 0
         return length > 0 or ended
 
     def _move(self, lines: Sequence[bytes], end: int) -> None:
@@ -297,7 +293,8 @@ class FollowedFile:
 
     def _open(self) -> int:
         """The file that was followed last, also under another name; else the one at the path."""
-        for entry in os.scandir(os.path.dirname(self._path) or ".") if self._offset else ():
+        folder = os.path.dirname(self._path) or "."
+        for entry in os.scandir(folder) if self._inode else ():
             if entry.is_file() and entry.stat().st_ino == self._inode:
                 file = os.open(entry.path, os.O_RDONLY)
                 if self._goes_on(file):
@@ -306,7 +303,7 @@ class FollowedFile:
         return os.open(self._path, os.O_RDONLY)
 
     def _goes_on(self, file: int) -> bool:
-        """Reading may go on there: the file is the same one, not shorter than what was read of it, nor begun anew."""
+        """Nothing was read yet, or it was this file, which is not shorter than that and has not begun anew."""
         status = os.fstat(file)
         head = zlib.crc32(os.pread(file, min(HEAD_BYTES, self._offset), 0))
         same = status.st_ino == self._inode and status.st_size >= self._offset and self._head in (0, head)
@@ -315,7 +312,7 @@ class FollowedFile:
     def _is_left(self) -> bool:
         """Another file is at the path, and ours has been quiet since: its writer has let go of it."""
         with suppress(FileNotFoundError):  # renamed, and the new one is not there yet
-            if not os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+            if not os.path.samefile(self._path, self._file):
                 return time.monotonic() - self._seen_at > ROTATED_SECONDS
         self._seen_at = time.monotonic()
         return False
@@ -341,9 +338,9 @@ def read_stdin(journal: Journal, stop: threading.Event) -> None:
             rest = rest[length:]
 
 
-def generate(delay_seconds: float, journal: Journal, courier: Courier, stop: threading.Event) -> None:
+def generate(delay_milliseconds: int, journal: Journal, courier: Courier, stop: threading.Event) -> None:
     """Makes up lines and delivers them until `stop`."""
-    while not stop.wait(random.uniform(0, delay_seconds)):
+    while not stop.wait(random.uniform(0, delay_milliseconds / 1000)):
         patiently(stop, f"cannot write to {journal.path}", journal.append, [generate_line()])
         courier.deliver()
 
@@ -471,9 +468,9 @@ def start(target: Callable[..., None], *arguments: Any) -> threading.Thread:
     return thread
 
 
-def fail(thread: threading.ExceptHookArgs) -> None:
-    """A thread has failed: the end of all, which is as safe as kill -9."""
-    log.critical("a thread failed", exc_info=thread.exc_value)
+def fail(failure: threading.ExceptHookArgs) -> None:
+    """The end of a thread that failed is the end of all, which is as safe as kill -9."""
+    log.critical("%s failed", failure.thread and failure.thread.name, exc_info=failure.exc_value)
     os._exit(1)
 
 
@@ -486,8 +483,8 @@ def run(settings: Settings, journal: Journal, stop: threading.Event) -> None:
     elif settings.source:
         producers = [start(follow, settings.source, journal, stop)]
     else:
-        delay_seconds = settings.request_delay_limit / 1000
-        producers = [start(generate, delay_seconds, journal, courier, stop) for _ in range(settings.threads_amount)]
+        arguments = settings.request_delay_limit, journal, courier, stop
+        producers = [start(generate, *arguments) for _ in range(settings.threads_amount)]
     deadline = float("inf")
     while (any(thread.is_alive() for thread in producers) or journal.left()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
@@ -505,9 +502,11 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         journal = open_journal(settings.log_file)
+    except BlockingIOError:
+        log.error("LOG_FILE %s is in use by another client", settings.log_file)
+        return 1
     except (OSError, ValueError, LookupError, TypeError) as error:
-        why = "is in use by another client" if isinstance(error, BlockingIOError) else f"cannot be used: {error!r}"
-        log.error("LOG_FILE %s %s", settings.log_file, why)
+        log.error("LOG_FILE %s or its .journal, which names it, cannot be used: %s", settings.log_file, error)
         return 1
     log.info("journal %s, delivering to %s", journal.path, settings.url)
     run(settings, journal, stop)
