@@ -40,11 +40,11 @@ SABOTAGES = {
         "        except FileExistsError:\n            return None\n            try:",
     ),
     "no-lock": ("background.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-    "torn-tail-stays": ("background.py", "            os.ftruncate(descriptor, end - len(torn))", "            pass"),
+    "torn-tail-stays": ("background.py", "        os.ftruncate(descriptor, size - len(torn))", "        pass"),
     "file-is-not-looked-at": (
         "background.py",
-        "        with self._file.opened() as last:\n",
-        '        with self._file.opened():\n            last = ""\n',
+        "                with self._file.opened() as last:\n",
+        '                with self._file.opened():\n                    last = ""\n',
     ),
 }  # fmt: skip
 
