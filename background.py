@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 import typing
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -78,7 +79,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     return Settings(**values)
 
 
-# ---- Records --------------------------------------------------------------------------------------------------------
+# ---- Records, and where they come from ------------------------------------------------------------------------------
 
 RECORD = re.compile(
     rb'^\{"id":"[^"]+","created":"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{6}Z)","log":\{.*\}\}\n', re.MULTILINE
@@ -102,22 +103,20 @@ def just_after(created: str) -> str:
 
 
 def check(lines: bytes, date_from: str) -> None:
-    """Raises ValueError unless these are records, each later than the one before, and none of before `date_from`."""
+    """Raises ValueError unless these are records from `date_from` on, each later than the one before."""
     created = RECORD.findall(lines)
-    if len(created) != lines.count(b"\n"):
+    if not len(created) == lines.count(RECORD_START) == lines.count(b"\n"):
         raise ValueError("the answer is not a list of records")
     if created[0].decode() < date_from or not all(map(lt, created, created[1:])):
         raise ValueError("the records are not in the order of `created`")
 
 
 def later_than(last: str, lines: bytes) -> bytes:
+    """What of these records is later than the last that is in the file."""
     for record in RECORD.finditer(lines):
         if record[1].decode() > last:
             return lines[record.start() :]
     return b""
-
-
-# ---- The backend ----------------------------------------------------------------------------------------------------
 
 
 class Refused(http.client.HTTPException):
@@ -226,7 +225,7 @@ class Turn:
             try:
                 yield ours
             finally:
-                if ours and self._owns(lock):
+                if ours and self._owns(lock):  # else somebody removed it, and another one's may be at the path
                     os.unlink(self.path)
         finally:
             os.close(lock)
@@ -254,7 +253,7 @@ class Turn:
 
 
 class SharedFile:
-    """The file that all instances append to. Its methods are called by the owner of the turn only.
+    """The file that all instances append to. Whoever opens it has the turn; its position may be read at any time.
 
     The file is its own checkpoint: its last whole line says what is there already, however the last writer ended. A
     torn tail has no line feed and is cut off, so the file is always a sequence of whole lines.
@@ -286,7 +285,7 @@ class SharedFile:
         finally:
             os.close(self._descriptor)
 
-    def append(self, lines: bytes, last: str) -> None:
+    def append(self, lines: bytes) -> None:
         """Whole lines to the end and to disk, or nothing: what was written of them is cut off again. Raises OSError."""
         size = os.fstat(self._descriptor).st_size
         try:
@@ -298,7 +297,7 @@ class SharedFile:
             os.ftruncate(self._descriptor, size)
             raise
         with contextlib.suppress(OSError):  # stale is safe: the last line of the file it names is looked at anyway
-            self._write_position(last, durable=False)
+            self._write_position(last_created(lines), durable=False)
 
     def position(self) -> tuple[str, tuple[int, int]]:
         """Up to where all is written, and into which file. If that cannot be read, the files themselves say it."""
@@ -352,9 +351,10 @@ def last_whole(descriptor: int, path: str, mend: bool) -> str:
     while start and tail.count(b"\n") < 2:
         start = max(0, start - TAIL_BYTES)
         tail = os.pread(descriptor, size - start, start)
-    whole, torn = tail[: tail.rfind(b"\n") + 1], tail[tail.rfind(b"\n") + 1 :]
-    created = last_created(whole) if whole else BEFORE_ALL
-    if not created or not (RECORD_START.startswith(torn[:7]) or not torn.strip(b"\0")):
+    whole, line_feed, torn = tail.rpartition(b"\n")
+    created = last_created(whole + line_feed) if line_feed else BEFORE_ALL
+    begun = torn.rstrip(b"\0")  # a machine that crashed may leave zeros for what was not on disk yet
+    if not created or not RECORD_START.startswith(begun[: len(RECORD_START)]):
         raise Unusable(f"{path} does not end in a record: is it another program's file? Move it away")
     if torn and mend:
         log.warning("%s: cut off %d bytes of a record that was not written to its end", path, len(torn))
@@ -375,7 +375,7 @@ class Exporter:
         self._poll_seconds = self._backoff_seconds = settings.request_delay / 1000
         self._fetch_at = 0.0  # not before this time, on the monotonic clock
         self._faults: dict[str, float] = {}  # what is out of order, and since when
-        self.waiting = b""  # whole lines
+        self._waiting: deque[bytes] = deque()  # portions
         self.written = 0
         self._follow_after(self._file.position()[0])  # which is never ahead of the file
 
@@ -383,15 +383,20 @@ class Exporter:
         self._last = created  # the last record that was fetched or is in the file
         self._records = follow(self._settings, just_after(created))
 
+    @property
+    def waiting_records(self) -> int:
+        return sum(lines.count(b"\n") for lines in self._waiting)
+
     def step(self) -> float:
         """One fetch, if it is due, and one attempt to write what waits; the seconds to wait before the next step."""
         if time.monotonic() >= self._fetch_at:
-            pause = self._fetch() if len(self.waiting) < MEMORY_BYTES else BUSY_SECONDS
+            full = sum(map(len, self._waiting)) >= MEMORY_BYTES
+            pause = BUSY_SECONDS if full else self._fetch()
             self._fetch_at = time.monotonic() + pause
-        if self.waiting:
+        if self._waiting:
             self.write()
         pause = max(0.0, self._fetch_at - time.monotonic())
-        return min(pause, BUSY_SECONDS) if self.waiting else pause
+        return min(pause, BUSY_SECONDS) if self._waiting else pause
 
     def _fetch(self) -> float:
         """Gets what there is, a portion at most; the seconds to wait before the next."""
@@ -407,7 +412,7 @@ class Exporter:
         self._backoff_seconds = self._poll_seconds
         if not lines:
             return self._poll_seconds
-        self.waiting += lines
+        self._waiting.append(lines)
         self._last = last_created(lines)
         return 0.0
 
@@ -426,13 +431,13 @@ class Exporter:
             self._note("shared file", str(error))
 
     def _append_after(self, last: str) -> None:
-        self.waiting = later_than(last, self.waiting)
         if last > self._last:
             self._follow_after(last)
-        if self.waiting:
-            self._file.append(self.waiting, self._last)
-            self.written += self.waiting.count(b"\n")
-            self.waiting = b""
+        while self._waiting:
+            if lines := later_than(last, self._waiting[0]):
+                self._file.append(lines)
+                self.written += lines.count(b"\n")
+            self._waiting.popleft()
 
     def _note(self, what: str, fault: str = "") -> None:
         """Two lines for each outage: when it begins, and how long it lasted."""
@@ -457,17 +462,20 @@ def verify(settings: Settings, date_from: str = just_after(BEFORE_ALL), date_to:
     try:
         for stored, shared in zip_longest(in_database, in_file, fillvalue=b""):
             if stored != shared:
-                raise Difference(f"after {count} equal records {difference(stored, shared)}")
+                raise Difference(f"after {count} equal records {describe(stored, shared)}")
             count += 1
-    except (Difference, *UNREACHABLE) as error:
-        print(f"not equal: {error}" if isinstance(error, Difference) else f"cannot compare: {error}")
-        return 1
-    print(f"equal: {count} records")
-    return 0
+    except Difference as difference:
+        print(f"not equal: {difference}")
+    except UNREACHABLE as error:
+        print(f"cannot compare: {error}")
+    else:
+        print(f"equal: {count} records")
+        return 0
+    return 1
 
 
-def difference(stored: bytes, shared: bytes) -> str:
-    in_database, in_file = (created_of(line) or "the end" for line in (stored, shared))
+def describe(stored: bytes, shared: bytes) -> str:
+    in_database, in_file = (created_of(line) or "the end" for line in (stored, shared))  # which sorts after any time
     if in_database < in_file:
         return f"the file lacks {stored.decode()}"
     if in_file < in_database:
@@ -495,15 +503,14 @@ def shared_lines(settings: Settings, date_from: str, date_to: str) -> Iterator[b
 
 
 def parts_in_order(directory: str, file_name: str) -> list[str]:
-    begins = {}
+    """Paths. What does not begin with a record, as a compressed part, is passed over."""
+    parts = []
     for entry in os.scandir(directory):
         if entry.is_file() and is_part(entry.name, file_name):
             with open(entry.path, "rb") as file:
-                begins[entry.path] = created_of(file.readline(TAIL_BYTES))
-    return sorted((path for path in begins if begins[path]), key=begins.__getitem__)
+                parts.append((created_of(file.readline(TAIL_BYTES)), entry.path))
+    return [path for created, path in sorted(parts) if created]
 
-
-# ---- Main -----------------------------------------------------------------------------------------------------------
 
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?Z?"
 
@@ -529,11 +536,11 @@ def run(exporter: Exporter) -> None:
         written, seconds = exporter.written, time.monotonic() - said_at
         if seconds >= PROGRESS_SECONDS:
             if written > said:
-                rate, left = (written - said) / seconds, exporter.waiting.count(b"\n")
-                log.info("%d records written (%.0f/s), %d waiting", written, rate, left)
+                rate = (written - said) / seconds
+                log.info("%d records written (%.0f/s), %d waiting", written, rate, exporter.waiting_records)
             said, said_at = written, time.monotonic()
     exporter.write()
-    log.info("stopped; %d records written, %d left to the others", exporter.written, exporter.waiting.count(b"\n"))
+    log.info("stopped; %d records written, %d left to the others", exporter.written, exporter.waiting_records)
 
 
 def main(arguments: Sequence[str]) -> int:
