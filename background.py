@@ -526,9 +526,8 @@ def catch_signals() -> int:
     return reading
 
 
-def run(exporter: Exporter) -> None:
+def run(exporter: Exporter, signals: int) -> None:
     """Steps until a signal, says from time to time how far it is, and tries once more to write at the end."""
-    signals = catch_signals()
     said, said_at, delay = 0, time.monotonic(), 0.0
     exporter.write()  # looks at the file, which says where to begin
     while not select.select([signals], [], [], delay)[0]:
@@ -558,8 +557,9 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         log.error("DIRECTORY %s cannot be used: %s", settings.directory, error.strerror or error)
         return 1
+    signals = catch_signals()  # before it says that it runs: from then on it ends by itself, with 0
     log.info("appending to %s from %s", os.path.join(settings.directory, settings.file_name), settings.url)
-    run(Exporter(settings))
+    run(Exporter(settings), signals)
     return 0
 
 
