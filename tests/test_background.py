@@ -85,8 +85,8 @@ def stop_while_writing(lock: Path, services: list[Service], feed: Callable[[], N
             service.kill(signal.SIGSTOP)
         wait_until(lambda: all(is_stopped(service.pid) for service in services), poll=0)
         for service in services if is_held(lock) and is_held(lock.with_suffix("")) else ():
-            descriptors = Path(f"/proc/{service.pid}/fd")
-            if any(os.path.realpath(one) == str(lock) for one in descriptors.iterdir()):
+            opened = {os.path.realpath(one) for one in Path(f"/proc/{service.pid}/fd").iterdir()}
+            if {str(lock), str(lock.with_suffix(""))} <= opened:  # the others open the lock's file too, to try it
                 caught.append(service)
         for service in services:
             if service not in caught:
