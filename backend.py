@@ -1151,9 +1151,9 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
 
 def run(settings: Settings, command: str, signals: list[int]) -> None:
     """Carries out one command. Raises OSError and psycopg.Error when it cannot start."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    address = (settings.host, settings.backend_port)
-    listener = None if command else socket.create_server(address, family=family, backlog=1024)
+    v6 = ":" in settings.host  # of these, :: stands for IPv4 too
+    family, address = socket.AF_INET6 if v6 else socket.AF_INET, (settings.host, settings.backend_port)
+    listener = None if command else socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=v6)
     with embedded_database() if settings.embedded else contextlib.nullcontext(settings.conninfo) as conninfo:
         if command or settings.embedded:
             done = migrate(conninfo, back=command == "rollback")

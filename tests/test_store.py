@@ -376,6 +376,13 @@ def test_a_signal_that_interrupts_the_handler_of_another_one_ends_the_backend_al
     assert backend.process.wait(SECONDS) == 0
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_on_the_address_for_any_the_backend_takes_ipv4_and_ipv6(start_backend: STARTED, address: str) -> None:
+    backend = start_backend(HOST="::")
+    with socket.create_connection((address, int(urlsplit(backend.url).port or 0)), timeout=SECONDS):
+        pass
+
+
 def test_a_taken_port_is_one_clear_line(start_backend: STARTED, start: Callable[..., Service]) -> None:
     backend = start_backend()
     port = urlsplit(backend.url).port
