@@ -490,16 +490,21 @@ class Database:
         outage = Outage("reading from the database")
         self._readers = [Session(conninfo, READ_SECONDS, outage) for _ in range(readers)]
         self._free: LifoQueue[Session] = LifoQueue()  # the one used last is the one that is connected
+        self._may_wait = threading.Semaphore((readers + 1) // 2)
         for reader in self._readers:
             self._free.put(reader)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
         """One of the reading sessions, for as long as an export takes. Raises Unavailable if none gets free in time."""
+        may_wait = self._may_wait.acquire(blocking=False)  # a few: each of them takes a thread from the large POSTs
         try:
-            session = self._free.get(timeout=SLOT_SECONDS)
+            session = self._free.get(may_wait, SLOT_SECONDS)
         except Empty:
             raise Unavailable("All places for reading are taken; ask again in a moment.") from None
+        finally:
+            if may_wait:
+                self._may_wait.release()
         try:
             yield session
         finally:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import psycopg
@@ -144,6 +146,38 @@ def test_more_posts_than_threads_wait_for_a_commit_and_reading_goes_on(start_bac
         holder.rollback()
         assert [one.result(SECONDS).status_code for one in posts] == [201] * 60
     assert len(backend.records()) == 60
+
+
+def test_a_crowd_that_asks_while_all_places_for_reading_are_taken_holds_up_no_large_post(backend: Backend) -> None:
+    lines = "".join(f"192.0.2.1 GET /{n}/{'x' * 900} 200\n" for n in range(9_000)).encode()
+    text = {"Content-Type": "text/plain"}
+    for _ in range(2):
+        requests.post(backend.data_url, data=lines, headers=text, timeout=SECONDS)
+    done = threading.Event()
+
+    def ask() -> int:
+        """Again and again; how often all places were taken."""
+        taken = 0
+        with requests.Session() as session:
+            while not done.is_set():
+                taken += session.get(f"{backend.data_url}?limit=5", timeout=SECONDS).status_code == 503
+        return taken
+
+    with ExitStack() as readers, ThreadPoolExecutor(200) as crowd:
+        for _ in range(16):
+            reader = readers.enter_context(connect(backend))
+            reader.sendall(b"GET /api/data HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert reader.recv(12) == b"HTTP/1.1 200"
+        refused = [crowd.submit(ask) for _ in range(200)]
+        try:
+            wait_until(lambda: requests.get(f"{backend.data_url}?limit=5", timeout=SECONDS).status_code == 503, SECONDS)
+            for _ in range(3):
+                began = time.monotonic()
+                assert requests.post(backend.data_url, data=lines[:9_210], headers=text, timeout=SECONDS).ok
+                assert time.monotonic() - began < 5
+        finally:
+            done.set()
+        assert sum(one.result(SECONDS) for one in refused) > 200
 
 
 def test_continue_is_said_to_who_expects_it_and_the_answer_follows(backend: Backend) -> None:
