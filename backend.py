@@ -560,15 +560,12 @@ class GroupCommit:
         """Has the rows stored, and does not wait: the ticket is settled within STORE_SECONDS and a little, or at once
         if the rows cannot be taken. Settled with Unavailable, they may or may not have been stored."""
         with self._wake:
-            full = self._waiting and self._waiting_bytes + ticket.size > QUEUE_BYTES
-            taken = not full and not self._closing
-            if taken:
+            if not self._waiting or self._waiting_bytes + ticket.size <= QUEUE_BYTES:
                 self._waiting.append(ticket)
                 self._waiting_bytes += ticket.size
                 self._wake.notify()
-        if not taken:
-            refusal = "Too much is waiting; nothing was stored. Send the same request again."
-            self._settle([ticket], Unavailable(refusal))
+                return
+        self._settle([ticket], Unavailable("Too much is waiting; nothing was stored. Send the same request again."))
 
     def give_up_late(self, seconds: float = STORE_SECONDS) -> None:
         """Called every second or so: settles what has waited for so long."""
@@ -835,7 +832,7 @@ def stream(start: bytes, parts: Iterator[bytes], end: bytes, place: contextlib.E
                 coming = fetcher.submit(next, parts, b"")
                 yield part
         except Unavailable as error:
-            log.warning("an export broke off: %s", error)
+            log.warning("an export broke off: %s", error.description)
             raise ConnectionAbortedError from error
         yield end
 
