@@ -64,6 +64,7 @@ READ_SECONDS = 8.0  # a part of an export takes milliseconds; a cold disk may ne
 PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 MAX_LIMIT = 1_000_000
 CONNECT_SECONDS = 5
+KEEPALIVE_SECONDS = 60  # some networks drop without a word a connection that is silent for minutes
 EMBEDDED_START_SECONDS = 60.0  # the recovery from a crash may take long
 SLOT_SECONDS = 0.5  # a GET waits so long for one of the reading sessions; it holds a thread meanwhile
 STALL_SECONDS = 60  # a reader that takes no byte of its reply for so long is cut off
@@ -468,6 +469,7 @@ class Session:
             autocommit=True,
             prepare_threshold=None,  # plan for the values at hand: filters are optional
             connect_timeout=CONNECT_SECONDS,
+            keepalives_idle=KEEPALIVE_SECONDS,
             application_name="log-pipeline",
             client_encoding="UTF8",
         )

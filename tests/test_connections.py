@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg
@@ -215,3 +217,25 @@ def test_a_post_that_waits_when_the_backend_is_ended_is_told_to_come_again(backe
         assert backend.end(20) == 0
         answer = waiting.result(SECONDS)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+
+
+def test_a_session_of_postgresql_that_is_silent_is_kept_alive_by_the_minute(
+    start_backend: Callable[..., Backend],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:  # a server that says nothing
+        port = server.getsockname()[1]
+        backend = start_backend(DATABASE_URL=f"postgresql://a@127.0.0.1:{port}/a?sslmode=disable&gssencmode=disable")
+        pool.submit(requests.get, backend.data_url, timeout=SECONDS)
+        with server.accept()[0] as session:
+            assert session.recv(4096)
+            wait_until(lambda: 0 < seconds_to_keep_alive(port) <= 60, 4, "a timer that keeps it alive")
+
+
+def seconds_to_keep_alive(port: int) -> float:
+    """Until the kernel asks on a connection to that port whether its other end is there; 0 if it does not mean to."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        kind, _, ticks = fields[5].partition(":")
+        if fields[2].endswith(f":{port:04X}") and kind == "02":
+            return int(ticks, 16) / os.sysconf("SC_CLK_TCK")
+    return 0
