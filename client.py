@@ -474,9 +474,9 @@ def fail(failure: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def run(settings: Settings, journal: Journal, stop: threading.Event) -> None:
-    """Produces and delivers until `stop`, or until standard input has ended and all of it is delivered."""
-    courier = Courier(settings, journal)
+def run(settings: Settings, journal: Journal, signals: Sequence[int]) -> None:
+    """Produces and delivers until a signal came, or until standard input has ended and all of it is delivered."""
+    courier, stop = Courier(settings, journal), threading.Event()
     start(courier.deliver_always)
     if settings.source == "-":
         producers = [start(read_stdin, journal, stop)]
@@ -488,8 +488,9 @@ def run(settings: Settings, journal: Journal, stop: threading.Event) -> None:
     deadline = float("inf")
     while (any(thread.is_alive() for thread in producers) or journal.left()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-        if stop.is_set():
-            deadline = min(deadline, time.monotonic() + SHUTDOWN_SECONDS)
+        if signals and not stop.is_set():
+            stop.set()
+            deadline = time.monotonic() + SHUTDOWN_SECONDS
     courier.say("stopped")
 
 
@@ -497,9 +498,9 @@ def main() -> int:
     settings = read_settings(os.environ)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s client: %(message)s")
     threading.excepthook = fail
-    stop = threading.Event()  # the main thread never waits for it: a handler cannot set what its own thread has locked
+    signals: list[int] = []  # that came; not an Event: a second signal in its set() would wait for its lock for ever
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: signals.append(number))
     try:
         journal = open_journal(settings.log_file)
     except BlockingIOError:
@@ -509,7 +510,7 @@ def main() -> int:
         log.error("LOG_FILE %s or its .journal, which names it, cannot be used: %s", settings.log_file, error)
         return 1
     log.info("journal %s, delivering to %s", journal.path, settings.url)
-    run(settings, journal, stop)
+    run(settings, journal, signals)
     return 0
 
 
