@@ -28,7 +28,6 @@ import subprocess
 import sys
 import threading
 import time
-import typing
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from queue import Empty, LifoQueue
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 from urllib.parse import urlencode
 
 import falcon
@@ -212,10 +211,9 @@ class Settings:
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Settings from the environment; an empty value means the default. A wrong one: one line and exit status 2."""
     values: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(Settings, include_extras=True).items():
-        text = (environ.get(name.upper()) or environ.get({"db_pass": "DB_PASSWORD"}.get(name, ""), "")).strip()
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-            text = text[1:-1].strip()
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        text = environ.get(name.upper()) or environ.get({"db_pass": "DB_PASSWORD"}.get(name, ""), "")
+        text = re.sub(r"""^(['"])(.*)\1$""", r"\2", text.strip()).strip()
         rule, *allowed = hint.__metadata__
         try:
             values |= {name: read_value(rule, text)} if text else {}

@@ -23,14 +23,13 @@ import select
 import signal
 import sys
 import time
-import typing
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import zip_longest
 from operator import lt
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 from urllib.parse import urlsplit
 
 log = logging.getLogger("background")
@@ -60,22 +59,20 @@ class Settings:
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Settings from the environment; an empty value means the default. A wrong one: one line and exit status 2."""
     values: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(Settings, include_extras=True).items():
-        text = environ.get(name.upper(), "").strip()
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-            text = text[1:-1].strip()
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        text = re.sub(r"""^(['"])(.*)\1$""", r"\2", environ.get(name.upper(), "").strip()).strip()
         rule, *allowed = hint.__metadata__
         if isinstance(rule, range):
-            good = bool(re.fullmatch("[0-9]{1,9}", text)) and int(text) in rule
             allowed = [f"a whole number from {rule[0]} to {rule[-1]}"]
+            good = bool(re.fullmatch("[0-9]{1,9}", text)) and int(text) in rule
         else:
             good = bool(re.fullmatch(rule, text))
-        if text and not good:
+        if good:
+            values[name] = hint.__origin__(text)
+        elif text:
             shown = "(hidden)" if "not shown" in allowed[0] else repr(text)
             print(f"background: {name.upper()} is {shown}: must be {allowed[0]}", file=sys.stderr)
             raise SystemExit(2)
-        if text:
-            values[name] = hint.__origin__(text)
     return Settings(**values)
 
 
