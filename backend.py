@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from queue import Empty, LifoQueue
 from typing import Annotated, Any, get_type_hints
@@ -519,6 +520,7 @@ class Database:
 
 # When the first row of a ticket was stored (the n-th: n µs later), and when those were whose ids were there already
 Stored = tuple[datetime, Mapping[int, datetime]]
+Failed = Callable[[], Exception]  # makes what is to be raised; one that was raised holds on to all lines it passed by
 
 
 @dataclass(eq=False)
@@ -529,7 +531,7 @@ class Ticket:
     size: int  # bytes of the body that they came in
     answer: Callable[[datetime, Mapping[int, datetime]], tuple[str, dict[str, Any]]]  # status and body, of a Stored
     since: float = field(default_factory=time.monotonic)
-    outcome: Stored | Exception | None = None
+    outcome: Stored | Failed | None = None
     settled: Callable[[], Any] = lambda: None  # called once, when there is an outcome
 
 
@@ -565,7 +567,8 @@ class GroupCommit:
                 self._waiting_bytes += ticket.size
                 self._wake.notify()
                 return
-        self._settle([ticket], Unavailable("Too much is waiting; nothing was stored. Send the same request again."))
+        refusal = "Too much is waiting; nothing was stored. Send the same request again."
+        self._settle([ticket], partial(Unavailable, refusal))
 
     def give_up_late(self, seconds: float = STORE_SECONDS) -> None:
         """Called every second or so: settles what has waited for so long."""
@@ -574,7 +577,8 @@ class GroupCommit:
             late = [ticket for ticket in self._group if ticket.since < latest]
             while self._waiting and self._waiting[0].since < latest:
                 late.append(self._next_waiting())
-        self._settle(late, Unavailable("Not confirmed in time. Send the same request again, under the same id."))
+        refusal = "Not confirmed in time. Send the same request again, under the same id."
+        self._settle(late, partial(Unavailable, refusal))
 
     def close(self, seconds: float) -> int:
         """Stores what is queued, within that time; the number of lines left without an answer."""
@@ -588,9 +592,9 @@ class GroupCommit:
         while group := self._take():
             try:
                 self._store(group)
-            except Exception as error:
+            except Exception:
                 log.exception("storing failed")
-                self._settle(group, error)
+                self._settle(group, partial(Unavailable, NO_ANSWER))
             if 1 < len(group) < GATHER_REQUESTS:
                 time.sleep(GATHER_SECONDS)
 
@@ -616,10 +620,10 @@ class GroupCommit:
         try:
             created, numbers, times = self._session.query(STORE_LOGS, dict(zip(COLUMNS, columns, strict=True)))
         except Unavailable as error:
-            return self._settle(tickets, error)
+            return self._settle(tickets, partial(Unavailable, str(error.description)))
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             if len(tickets) == 1:
-                return self._settle(tickets, BadRequest(f"The database refuses it: {one_line(error)}."))
+                return self._settle(tickets, partial(BadRequest, f"The database refuses it: {one_line(error)}."))
             for ticket in tickets:
                 self._store([ticket])
             return None
@@ -631,7 +635,7 @@ class GroupCommit:
             self._settle([ticket], (created + (first - 1) * MICROSECOND, known))
             first += len(ticket.rows)
 
-    def _settle(self, tickets: Sequence[Ticket], outcome: Stored | Exception) -> None:
+    def _settle(self, tickets: Sequence[Ticket], outcome: Stored | Failed) -> None:
         """Each ticket is settled once: one that came too late may be in the hands of two threads."""
         for ticket in tickets:
             with self._wake:
@@ -733,8 +737,8 @@ class Api:
         ticket = request.env[TICKET]
         if ticket is None:
             raise Waiting(read_post(request))
-        if isinstance(ticket.outcome, Exception):
-            raise ticket.outcome
+        if callable(ticket.outcome):
+            raise ticket.outcome()
         response.status, answer = ticket.answer(*ticket.outcome)
         response.data = json.dumps(answer).encode()
 
@@ -750,6 +754,8 @@ class Api:
             response.set_header("Link", f'<{request.path}?{next_query}>; rel="next"')
             if is_last:
                 response.data = before + first + after if first or not lines else b""
+            elif request.env["SERVER_PROTOCOL"] == "HTTP/1.0":  # without chunks a break would look like the end
+                raise falcon.HTTPError(falcon.HTTP_505, description=NEEDS_HTTP_1_1)
             else:
                 rest = (between + text for text, _, _ in parts if text)
                 response.stream = stream(before + first, rest, after, stack.pop_all())
@@ -766,6 +772,9 @@ class Api:
         response.data = b'{"successful": true}'
 
 
+NEEDS_HTTP_1_1 = (
+    f"A reply of this size needs HTTP/1.1, also from a proxy; or ask for parts, with limit={PART_ROWS} at most."
+)
 A_DATE = "a date such as 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds"
 PARAMETERS: dict[str, tuple[range | str | Callable[[str], Any], str]] = {
     "date_from": (parse_date, A_DATE),

@@ -922,6 +922,18 @@ def test_a_large_export_is_complete_and_streamed(large: Backend, headers: dict[s
     assert requests.get(next_of(answer), timeout=SECONDS).json() == []
 
 
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
+def test_http_1_0_which_cannot_tell_a_break_from_the_end_gets_no_export_in_parts(large: Backend, accept: str) -> None:
+    head = f"HTTP/1.0\r\nHost: a\r\nAccept: {accept}\r\n\r\n"
+    refused = raw(large, f"GET /api/data {head}".encode())
+    assert_raw_problem(refused, 505)
+    assert b"HTTP/1.1" in refused
+    assert b"limit=4000" in refused
+    answer = raw(large, f"GET /api/data?limit=4000 {head}".encode())
+    assert b"\r\nContent-Length: " in answer
+    assert answer.count(b'{"id":"') == 4_000
+
+
 @pytest.mark.parametrize("limit", [1_999, 2_000, 2_001, 3_999, 4_000])
 def test_a_window_of_thousands_goes_on_where_it_ended(large: Backend, limit: int) -> None:
     answer = get(large, limit=limit)
