@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -183,12 +184,23 @@ class FakeBackend:
 
 
 class Proxy:
-    """Passes TCP connections on to `upstream`; cuts replies when told to, and counts what it has cut."""
+    """Passes TCP connections on to `upstream`. What it is told to do to the traffic it does, and counts.
+
+    A client behind it sends a request when the one before is answered, as all of ours do.
+    """
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.cuts = 0
+        self.doubled = 0  # POSTs that were stored twice, as far as the backend's answers say
+        self.late = 0  # answers to a POST that nobody waited for any more
+        self.held = 0  # pieces that waited for `flowing`
+        self.flowing = threading.Event()  # nothing is passed on while it is not set
+        self.flowing.set()
         self._pending: list[int] = []
+        self._doubles: list[float] = []
+        self._delays: list[float] = []
+        self._posting: set[socket.socket] = set()  # clients that wait for the answer to a POST
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.data_url = f"{self.url}/api/data"
@@ -198,8 +210,23 @@ class Proxy:
         """Of each of the next replies only so many bytes are passed on, then both connections end."""
         self._pending.extend(kept_bytes)
 
+    def double_next(self, *after_seconds: float) -> None:
+        """Each of the next POSTs is sent once more, on a connection of its own, so many seconds after it has come.
+
+        Less than 0: the copy goes first, and is answered before the end of the original is passed on.
+        """
+        self._doubles.extend(after_seconds)
+
+    def delay_next(self, *seconds: float) -> None:
+        """The answers to the next POSTs come so much later."""
+        self._delays.extend(seconds)
+
     def close(self) -> None:
         self._listener.close()
+
+    def _connect(self) -> socket.socket:
+        target = urlsplit(self.upstream)
+        return socket.create_connection((str(target.hostname), int(target.port or 80)))
 
     def _accept(self) -> None:
         while True:
@@ -207,9 +234,8 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            target = urlsplit(self.upstream)
             try:
-                server = socket.create_connection((str(target.hostname), int(target.port or 80)))
+                server = self._connect()
             except OSError:
                 client.close()
                 continue
@@ -218,8 +244,16 @@ class Proxy:
 
     def _pump(self, source: socket.socket, target: socket.socket, replies: bool) -> None:
         left: int | None = None  # bytes to pass on before the cut
+        request = bytearray()  # what has come of the one that is to be doubled
         with suppress(OSError):
             while data := source.recv(65536):
+                if not self.flowing.is_set():
+                    self.held += 1
+                    self.flowing.wait()
+                if replies:
+                    self._delay(target, data)
+                else:
+                    self._double(source, data, request)
                 if replies and left is None and self._pending:
                     left = self._pending.pop(0)
                 if left is not None and len(data) > left:
@@ -228,10 +262,57 @@ class Proxy:
                     break
                 target.sendall(data)
                 left = None if left is None else left - len(data)
+        self._posting.discard(source)
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
         source.close()
+
+    def _delay(self, client: socket.socket, data: bytes) -> None:
+        if client in self._posting:
+            self._posting.discard(client)
+            if (seconds := next_of(self._delays)) is not None:
+                threading.Event().wait(seconds)
+                try:
+                    client.sendall(b"")
+                    client.getpeername()
+                except OSError:
+                    self.late += 1
+                    raise
+
+    def _double(self, client: socket.socket, data: bytes, request: bytearray) -> None:
+        if data.startswith(b"POST "):  # none of our bodies has a line like that
+            self._posting.add(client)
+            request[:] = data if self._doubles else b""
+        elif request:
+            request += data
+        if request and is_whole(request) and (seconds := next_of(self._doubles)) is not None:
+            copy = threading.Thread(target=self._send_again, args=(bytes(request), max(0.0, seconds)), daemon=True)
+            copy.start()
+            if seconds < 0:
+                copy.join()
+            request.clear()
+
+    def _send_again(self, request: bytes, after_seconds: float) -> None:
+        threading.Event().wait(after_seconds)
+        with suppress(OSError), self._connect() as connection:
+            connection.sendall(request)
+            answered = connection.recv(65536)[:12] in (b"HTTP/1.1 201", b"HTTP/1.1 200")
+            self.doubled += answered  # nothing waits, nor is called, between reading the count and writing it
+
+
+def next_of(pending: list[float]) -> float | None:
+    """Takes one, if there is one; several threads may ask."""
+    try:
+        return pending.pop(0)
+    except IndexError:
+        return None
+
+
+def is_whole(request: bytes | bytearray) -> bool:
+    head, end, body = bytes(request).partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    return bool(end and length) and len(body) >= int(length[1] if length else 0)
 
 
 @contextmanager

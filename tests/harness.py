@@ -120,6 +120,19 @@ class Postgres:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
+    def limit_file_size(self, size: int | None) -> None:
+        """No file of its processes may grow beyond so many bytes: what a full disk looks like to it. None: no limit."""
+        self._limit(self.pid, size)  # what it starts from now on has its limit
+        for pid in children_of(self.pid):
+            self._limit(pid, size)
+
+    def _limit(self, pid: int, size: int | None) -> None:
+        with suppress(FileNotFoundError):  # it has ended
+            owner = Path(f"/proc/{pid}").stat()  # as their own user: root in a container may lack the right
+            command = ["prlimit", f"--pid={pid}", f"--fsize={'unlimited' if size is None else size}:"]
+            done = subprocess.run(command, capture_output=True, text=True, user=owner.st_uid, group=owner.st_gid)
+            assert done.returncode == 0 or not is_running(pid), done.stderr
+
     @property
     def pids(self) -> list[int]:
         """The postmaster and its children."""
@@ -280,8 +293,21 @@ def read_records(*files: Path) -> list[dict[str, Any]]:
     return records
 
 
+def journal_ids(journal: Path) -> dict[str, str]:
+    """The lines of a client's journal by the ids that they are sent under: the journal's own, and the byte offset."""
+    identity, offset = json.loads(Path(f"{journal}.journal").read_text())["identity"], 0
+    lines = {}
+    for line in journal.read_bytes().splitlines(keepends=True):
+        lines[f"{identity}{offset:012x}"] = line.decode().rstrip("\n")
+        offset += len(line)
+    return lines
+
+
 def assert_same(journal: Path, records: list[dict[str, Any]]) -> None:
-    """The oracle: the multiset of journalled lines equals that of the records; ids are unique, `created` increases."""
+    """The oracle: the multiset of journalled lines equals that of the records; ids are unique, `created` increases.
+
+    For the journal of a client (a list of lines will do) each record has the id of its line.
+    """
     lines = Counter(journal.read_text().splitlines())
     stored = Counter(map(line_of, records))
     missing, extra = ((part.total(), list(part)[:5]) for part in (lines - stored, stored - lines))
@@ -289,6 +315,8 @@ def assert_same(journal: Path, records: list[dict[str, Any]]) -> None:
     created = [record["created"] for record in records]
     assert created == sorted(set(created)), "created does not strictly increase"
     assert len({record["id"] for record in records}) == len(records), "an id stands twice"
+    if Path(f"{journal}.journal").exists():
+        assert {record["id"]: line_of(record) for record in records} == journal_ids(journal), "an id has another line"
 
 
 @contextmanager

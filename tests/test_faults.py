@@ -252,6 +252,23 @@ def test_kill_9_of_a_backend_before_in_and_after_the_commit_stores_each_line_onc
     assert_same(journal, again.records())
 
 
+# ---- The network ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after_seconds", [-1, 0, 0.3], ids=["before", "together", "later"])
+def test_a_post_that_the_network_delivers_twice_is_stored_once(
+    start: Start, backend: Backend, journal: Path, shared: Path, after_seconds: float
+) -> None:
+    exporter = start("background.py", URL=backend.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=20)
+    with proxy_to(backend) as proxy:
+        proxy.double_next(*[after_seconds] * 50)
+        client = start("client.py", URL=proxy.data_url, LOG_FILE=journal, THREADS_AMOUNT=8, REQUEST_DELAY_LIMIT=40)
+        wait_until(lambda: proxy.doubled == 50, SECONDS, "the answers to 50 copies")
+        assert client.end() == 0
+    assert_equal_everywhere(journal, backend, shared)
+    assert exporter.end() == 0
+
+
 # ---- The lock -------------------------------------------------------------------------------------------------------
 
 # Takes turns until it is told to end, and notes each on a page of its own: when it began, the latest moment at which it

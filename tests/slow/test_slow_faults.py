@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import threading
 import time
 import uuid
@@ -181,14 +180,6 @@ def test_while_postgresql_is_out_of_disk_nothing_is_confirmed_reading_goes_on_an
     under_load: Backend, victim: Postgres
 ) -> None:
     """No file of its processes may grow beyond the size that the table has now; the log's segments are smaller."""
-
-    def limit(size: str) -> None:
-        for pid in victim.pids:  # the postmaster first: what it forks has its limit
-            with suppress(FileNotFoundError):  # it has ended
-                owner = Path(f"/proc/{pid}").stat()  # as their own user: root in a container may lack the right
-                command = ["prlimit", f"--pid={pid}", f"--fsize={size}:"]
-                subprocess.run(command, check=pid == victim.pid, user=owner.st_uid, group=owner.st_gid)
-
     with psycopg.connect(under_load.database_url, autocommit=True) as connection:
         connection.execute("ALTER TABLE logs SET (autovacuum_enabled = FALSE)")
         with connection.transaction():  # rows that nobody ever sees, and that take room
@@ -197,7 +188,7 @@ def test_while_postgresql_is_out_of_disk_nothing_is_confirmed_reading_goes_on_an
         row = connection.execute("SELECT pg_relation_size('logs')").fetchone()
         assert row is not None
         assert row[0] > 16 * MIB
-    limit(str(row[0]))
+    victim.limit_file_size(row[0])
     try:
         wait_until(lambda: not post_confirmed(under_load), SECONDS, "the end of its room", poll=0)
         assert "could not extend" in under_load.printed or "too large" in under_load.printed, under_load.printed
@@ -209,7 +200,7 @@ def test_while_postgresql_is_out_of_disk_nothing_is_confirmed_reading_goes_on_an
         assert reading.reply is not None
         assert reading.reply.status_code == 200
     finally:
-        limit("unlimited")
+        victim.limit_file_size(None)
     assert_heals(under_load)
 
 
