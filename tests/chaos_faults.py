@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import psycopg
 from arena import SECONDS, UNSEEN_ROWS, Arena, Disk, Slot
-from harness import Service, children_of, count_lines, journal_ids, stop
+from harness import Service, children_of, clock_set_back, count_lines, journal_ids, seconds_behind, stop
 from waiting import wait_until
 
 import background
@@ -627,22 +627,11 @@ def waiting_sessions(watcher: psycopg.Connection[tuple[int]]) -> int:
 
 
 def set_clock_back(arena: Arena, strike: Strike) -> str:
-    """By an hour, as the function that stamps sees it: `created` goes on from the newest record meanwhile."""
-    with arena.postgres_lock, psycopg.connect(arena.url, autocommit=True) as connection:
-        name = "'store_logs(uuid[], inet[], text[], text[], smallint[])'::regprocedure"
-        (text,) = connection.execute(f"SELECT pg_get_functiondef({name})".encode()).fetchone() or ("",)
-        stub = re.sub(r"\b(clock_timestamp|now)\(\)", r"(\1() - interval '1 hour')", text)
-        assert stub != text
-        connection.execute(stub.encode())
-        try:
-            pause(strike.seconds * 2)
-            row = connection.execute(
-                "SELECT extract(epoch FROM clock_timestamp() - first_created)::float"
-                " FROM store_logs('{}', '{}', '{}', '{}', '{}')"
-            ).fetchone()
-        finally:
-            connection.execute(text.encode())
-    return f"{row[0]:.1f} s behind" if row and row[0] > strike.seconds else ""
+    """`created` goes on from the newest record meanwhile."""
+    with arena.postgres_lock, clock_set_back(arena.url) as connection:
+        pause(strike.seconds * 2)
+        behind = seconds_behind(connection)
+    return f"{behind:.1f} s behind" if behind > strike.seconds else ""
 
 
 # ---- All of them ----------------------------------------------------------------------------------------------------

@@ -170,6 +170,31 @@ class Postgres:
         return self.create_database(template="template_logs")
 
 
+@contextmanager
+def clock_set_back(url: str) -> Iterator[psycopg.Connection[Any]]:
+    """The clock that store_logs reads is an hour behind; gives a connection."""
+    name = "'store_logs(uuid[], inet[], text[], text[], smallint[])'::regprocedure"
+    with psycopg.connect(url, autocommit=True) as connection:
+        (text,) = connection.execute(f"SELECT pg_get_functiondef({name})".encode()).fetchone() or ("",)
+        stub = re.sub(r"\b(clock_timestamp|now)\(\)", r"(\1() - interval '1 hour')", text)
+        assert stub != text, "store_logs does not read a clock that is known here"
+        connection.execute(stub.encode())
+        try:
+            yield connection
+        finally:
+            connection.execute(text.encode())
+
+
+def seconds_behind(connection: psycopg.Connection[Any]) -> float:
+    """How far the next `created` would be behind the true clock."""
+    row = connection.execute(
+        "SELECT extract(epoch FROM clock_timestamp() - first_created)::float"
+        " FROM store_logs('{}', '{}', '{}', '{}', '{}')"
+    ).fetchone()
+    assert row is not None
+    return float(row[0])
+
+
 def clean_environment(settings: Mapping[str, str | int]) -> dict[str, str]:
     """This process's environment without any setting of ours, and the given settings."""
     inherited = {name: value for name, value in os.environ.items() if not SERVICE_VARIABLES.match(name)}

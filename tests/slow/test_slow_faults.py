@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import threading
@@ -21,9 +22,9 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 import requests
-from fakes import some_lines
-from harness import Backend, Postgres, Service, count_lines, driver, held, line_of, peak_memory_bytes, stop
-from test_faults import assert_equal_everywhere, grow, store_many
+from fakes import proxy_to, some_lines
+from harness import Backend, Postgres, Service, count_lines, driver, is_stopped, line_of, peak_memory_bytes, stop
+from test_faults import STOPPED_IN_MID_WRITE, assert_equal_everywhere, grow, store_many
 from waiting import wait_until
 
 Start = Callable[..., Service]
@@ -31,8 +32,10 @@ StartBackend = Callable[..., Backend]
 
 SECONDS = 120
 ANSWER_SECONDS = 12  # the backend's own 10 s, and 2 for a busy machine
+OUTAGE_SECONDS = 35  # longer than each wait for an answer: the client's is 30 s
 MIB = 1024**2
 LINE = "192.0.2.1 GET /a 200"
+CONFIRMED: list[str] = []  # ids of lines that were posted here and answered 201
 BACKLOG = """
 INSERT INTO logs (id, created, ip, method, uri, status_code)
 SELECT ('00000000-0000-8000-8000-' || lpad(to_hex(n), 12, '0'))::uuid,
@@ -80,7 +83,10 @@ class Answer:
 
 
 def post(backend: Backend, line: str = LINE) -> Answer:
-    return Answer("POST", backend.data_url, json={"id": str(uuid.uuid4()), "log": line})
+    answer = Answer("POST", backend.data_url, json={"id": str(uuid.uuid4()), "log": line})
+    if answer.reply is not None and answer.reply.status_code == 201:
+        CONFIRMED.append(answer.reply.json()["id"])
+    return answer
 
 
 def get(backend: Backend) -> Answer:
@@ -116,6 +122,7 @@ def under_load(
     start: Start, start_backend: StartBackend, victim: Postgres, journal: Path, shared: Path
 ) -> Iterator[Backend]:
     """A backend on the victim with a client and an exporter at work; at the end all of it is equal."""
+    CONFIRMED.clear()
     backend = start_backend(DATABASE_URL=victim.create_logs())
     client = start("client.py", URL=backend.data_url, LOG_FILE=journal, THREADS_AMOUNT=4, REQUEST_DELAY_LIMIT=40)
     exporter = start("background.py", URL=backend.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=50)
@@ -124,6 +131,7 @@ def under_load(
     grow(shared, 200)
     assert client.end() == 0
     records = backend.records()
+    assert set(CONFIRMED) <= {record["id"] for record in records}, "a line that was confirmed is not there"
     wait_until(lambda: count_lines(shared) >= len(records), SECONDS, "all records in the shared file", poll=0.1)
     posted = Path(f"{journal}.and-posted")  # this test has posted lines of its own
     ours = Counter(map(line_of, records)) - Counter(journal.read_text().splitlines())
@@ -141,7 +149,7 @@ def test_while_postgresql_is_stopped_requests_are_told_to_come_again_and_then_al
     try:
         began = time.monotonic()
         assert_refused(under_load)
-        wait_until(lambda: healthy(under_load) and time.monotonic() - began > 15, SECONDS, "15 s", poll=0.2)
+        wait_until(lambda: healthy(under_load) and time.monotonic() - began > OUTAGE_SECONDS, poll=0.2, timeout=SECONDS)
         assert_refused(under_load)
     finally:
         victim.resume()
@@ -209,6 +217,43 @@ def post_confirmed(backend: Backend) -> bool:
     assert answer.reply is not None, answer
     assert answer.reply.status_code in (201, 503), answer
     return answer.reply.status_code == 201
+
+
+# ---- Late answers ---------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_comes_after_the_clients_time_out_makes_no_copy(
+    start: Start, start_backend: StartBackend, journal: Path, shared: Path
+) -> None:
+    backend = start_backend()
+    exporter = start("background.py", URL=backend.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=50)
+    with proxy_to(backend) as proxy:
+        proxy.delay_next(OUTAGE_SECONDS)
+        client = start("client.py", URL=proxy.data_url, LOG_FILE=journal, THREADS_AMOUNT=4, REQUEST_DELAY_LIMIT=40)
+        wait_until(lambda: count_lines(shared) > 0, SECONDS, "a record: it is committed, and the client is not told")
+        assert not journal.with_name("logs.txt.position").exists()
+        grow(shared, 1000)  # all that the client has journalled meanwhile, after its time-out
+        wait_until(lambda: proxy.late == 1, SECONDS, "the late answer, which nobody waits for any more")
+        assert client.end() == 0
+    assert_equal_everywhere(journal, backend, shared)
+    assert exporter.end() == 0
+
+
+def test_the_answer_to_a_post_may_be_cut_at_any_byte(
+    start: Start, start_backend: StartBackend, journal: Path, shared: Path
+) -> None:
+    """Answers are shorter than 300 bytes; in a longer stretch the next one is cut."""
+    backend = start_backend()
+    exporter = start("background.py", URL=backend.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=20)
+    with proxy_to(backend) as proxy:
+        client = start("client.py", URL=proxy.data_url, LOG_FILE=journal, THREADS_AMOUNT=8, REQUEST_DELAY_LIMIT=10)
+        for cuts, kept in enumerate(range(300)):
+            proxy.cut_next(kept)
+            wait_until(lambda: proxy.cuts > cuts, SECONDS, "the cut", poll=0.001)  # noqa: B023
+            grow(shared, 1)  # an answer that comes through: else the client would wait longer and longer
+        assert client.end() == 0
+    assert_equal_everywhere(journal, backend, shared)
+    assert exporter.end() == 0
 
 
 # ---- Silent readers -------------------------------------------------------------------------------------------------
@@ -298,23 +343,26 @@ def assert_flat(service: Service, limit_bytes: int) -> None:
     assert peak < limit_bytes, f"{service.script}: {peak / MIB:.0f} MiB"
 
 
-def test_a_backlog_of_5_million_records_that_cannot_be_written_for_60_s_takes_little_memory_and_is_written_whole(
-    start: Start, start_backend: StartBackend, shared: Path
+def test_behind_an_instance_stopped_in_mid_write_5_million_records_take_little_memory_and_are_written_whole(
+    start: Start, start_backend: StartBackend, shared: Path, tmp_path: Path
 ) -> None:
+    """The lock's holder is stopped for longer than any time-out: nobody writes beside it, and nobody gives up."""
     backend = start_backend()
     post(backend)
-    exporter = start("background.py", URL=backend.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=50)
-    wait_until(lambda: count_lines(shared) == 1, SECONDS, "the first record")
+    settings = {"URL": backend.data_url, "DIRECTORY": shared.parent, "REQUEST_DELAY": 50}
+    sleeper = start(driver(tmp_path, "stopped.py", STOPPED_IN_MID_WRITE), **settings)
+    wait_until(lambda: is_stopped(sleeper.pid), SECONDS, "the stop")
+    half = shared.read_bytes()
+    assert 0 < len(half) < 100
+    exporter = start("background.py", **settings)
     first = backend.records()[0]
-    lock = shared.with_name("data.txt.lock")
-    wait_until(lambda: not lock.exists(), SECONDS, "the end of its turn")
-    with held(lock):
-        with psycopg.connect(backend.database_url) as connection:
-            connection.execute(BACKLOG, {"after": first["created"], "count": 5_000_000})
-        began = time.monotonic()
-        wait_until(lambda: time.monotonic() - began > 60, SECONDS, "60 s", poll=0.5)
-        assert count_lines(shared) == 1
-        assert peak_memory_bytes(exporter.pid) > 40 * MIB  # it has fetched what it may
+    with psycopg.connect(backend.database_url) as connection:
+        connection.execute(BACKLOG, {"after": first["created"], "count": 5_000_000})
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 65, SECONDS, "65 s", poll=0.5)
+    assert shared.read_bytes() == half
+    assert peak_memory_bytes(exporter.pid) > 40 * MIB  # it has fetched what it may
+    sleeper.kill(signal.SIGCONT)
     last = b'"uri":"/backlog/5000000","status_code":200}}\n'
 
     def ends_with_the_last() -> bool:
@@ -324,10 +372,11 @@ def test_a_backlog_of_5_million_records_that_cannot_be_written_for_60_s_takes_li
 
     wait_until(ends_with_the_last, 600, "all records in the file", poll=0.5)
     assert_flat(exporter, 150 * MIB)
+    assert_flat(sleeper, 150 * MIB)
     assert_flat(backend, 100 * MIB)
-    assert exporter.end() == 0
+    assert [exporter.end(), sleeper.end()] == [0, 0]
     with shared.open("rb") as file:
-        next(file)
+        assert json.loads(next(file)) == first
         for number, line in enumerate(file, 1):
             assert b'"id":"00000000-0000-8000-8000-%012x"' % number in line
             assert b'"uri":"/backlog/%d"' % number in line
