@@ -31,6 +31,8 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 import requests
+from chaos import schedule
+from chaos_faults import DISK_KINDS, KINDS
 from fakes import FakeBackend, fake_backend, post_lines, proxy_to, some_lines
 from harness import (
     ROOT,
@@ -1021,3 +1023,17 @@ def test_kill_9_between_the_note_of_a_refused_line_and_the_position_leaves_one_n
     assert again.end() == 0
     assert [note["log"] for note in read_notes(rejected)] == refused
     assert len(backend.records()) == 10
+
+
+# ---- make chaos -----------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_chaos_one_schedule_in_which_every_kind_comes_up_before_one_comes_up_again() -> None:
+    kinds = list(KINDS | DISK_KINDS)
+    strikes = schedule(7, 600, kinds)
+    assert strikes == schedule(7, 600, kinds) != schedule(8, 600, kinds)
+    assert len(strikes) >= 20 * 10
+    names = [strike.kind for strike in strikes]
+    rounds = [names[start : start + len(kinds)] for start in range(0, len(names), len(kinds))]
+    assert all(len(set(one)) == len(one) for one in rounds)
+    assert len({strike.kind for strike in schedule(7, 90, kinds)}) > 40
