@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import itertools
@@ -48,7 +49,7 @@ MIB = 1024**2
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
-MS_REMOUNT, MS_REC, MS_PRIVATE = 0x20, 0x4000, 0x40000
+MS_REMOUNT, MS_REC, MS_PRIVATE, MNT_DETACH = 0x20, 0x4000, 0x40000, 2
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -124,9 +125,12 @@ class Disk:
         """Moves what is on it to the disk below, where it outlives this process."""
         copy = Path(f"{self.folder}.copy")
         shutil.copytree(self.folder, copy, symlinks=True)
-        call("umount2", bytes(self.folder), 2)  # MNT_DETACH
-        self.folder.rmdir()
+        self.remove()
         copy.rename(self.folder)
+
+    def remove(self) -> None:
+        call("umount2", bytes(self.folder), MNT_DETACH)
+        self.folder.rmdir()
 
 
 # ---- Parts ----------------------------------------------------------------------------------------------------------
@@ -227,6 +231,8 @@ class Arena:
         self.parts = 0  # of the shared file
         self.postgres_lock, self.shared_lock = threading.Lock(), threading.Lock()
         self._started = itertools.count(1)
+        self._removed = False
+        atexit.register(self._sweep)  # runs after what pgserver registers, which makes a file in the folder once more
         self.postgres = Postgres(folder / "postgres")
         self.url = self.postgres.create_logs()
         make_large(self.url)
@@ -335,6 +341,15 @@ class Arena:
     def keep(self) -> None:
         for disk in self.disks.values():
             disk.keep()
+
+    def remove(self) -> None:
+        for disk in self.disks.values():
+            disk.remove()
+        self._removed = True
+
+    def _sweep(self) -> None:
+        if self._removed:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 # Of 1.5 kB each, older than all others

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import sys
 import tempfile
 import threading
@@ -138,8 +137,8 @@ def main(arguments: Sequence[str]) -> int:
         run.strike_all()
         run.rest()
         against = run.judge()
-        if against:
-            stack.callback(arena.keep)
+        stack.pop_all().close()  # all parts have ended
+        (arena.keep if against else arena.remove)()
     run.print_table()
     if left_out:
         print(f"\n{left_out}")
@@ -149,7 +148,6 @@ def main(arguments: Sequence[str]) -> int:
     if against:
         print(f"files and outputs are kept in {folder}")
         return 1
-    shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
