@@ -982,6 +982,48 @@ def test_sigterm_of_the_backend_answers_what_it_has_stored_and_stores_what_it_ha
     assert len(stored) > 250
 
 
+# The same service; each call that its handler of SIGTERM makes is interrupted by a SIGINT
+INTERRUPTED = """
+import os
+import signal
+import {service} as service
+
+def interrupt(frame, event, _):
+    if event.endswith("call"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def install(number, handler):
+    def handle(*arguments):
+        sys.setprofile(interrupt)
+        handler(*arguments)
+        sys.setprofile(None)
+
+    set_handler(number, handle if number == signal.SIGTERM else handler)
+
+set_handler, signal.signal = signal.signal, install
+sys.exit(service.main({arguments}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "ready"),
+    [("backend", "[]", "listening on"), ("client", "", "delivering to"), ("background", "[]", "appending to")],
+)
+def test_a_signal_that_interrupts_the_handler_of_another_one_ends_the_service_all_the_same(
+    start: Start, backend: Backend, shared: Path, journal: Path, tmp_path: Path, name: str, arguments: str, ready: str
+) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "backend": {"HOST": "127.0.0.1", "BACKEND_PORT": 0, "DATABASE_URL": backend.database_url},
+        "client": {"URL": backend.data_url, "LOG_FILE": journal},
+        "background": {"URL": backend.data_url, "DIRECTORY": shared.parent},
+    }
+    program = driver(tmp_path, f"interrupted_{name}.py", INTERRUPTED.format(service=name, arguments=arguments))
+    service = start(program, **settings[name])
+    service.wait_for_line(ready)
+    service.kill(signal.SIGTERM)
+    assert service.process.wait(SECONDS) == 0
+
+
 # ---- Refused lines --------------------------------------------------------------------------------------------------
 
 # kill -9 of the client right after a note in .rejected, before the position

@@ -132,6 +132,36 @@ def torn_tail_of_a_killed_exporter(folder: Path, postgres: Postgres, start: Star
         assert_same(folder / "journal", read_records(shared))
 
 
+def exporter_killed_before_its_write(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
+    """An exporter died in its turn, when it was about to write to the file that has its first records already."""
+    with fake_backend() as fake:
+        fake.add(some_lines(10))
+        settings = {"URL": fake.data_url, "DIRECTORY": str(folder), "REQUEST_DELAY": 20}
+        shared = folder / "data.txt"
+        first = start("background.py", **settings)
+        wait_until(lambda: shared.exists() and shared.read_bytes().count(b"\n") >= 10, 30, "the first records")
+        assert first.end() == 0
+        fake.add(some_lines(10, tag="b"))
+        assert start(driver(folder, "killed.py", KILLED_BEFORE_WRITING), **settings).process.wait(30) == -signal.SIGKILL
+        assert shared.read_bytes().count(b"\n") == 10
+        fake.add(some_lines(10, tag="c"))
+        start("background.py", **settings)
+        wait_until(lambda: b"/c/9" in shared.read_bytes(), 30, "the last record")
+        lines = [*some_lines(10), *some_lines(10, tag="b"), *some_lines(10, tag="c")]
+        (folder / "journal").write_text("\n".join(lines) + "\n")
+        assert_same(folder / "journal", read_records(shared))
+
+
+# Its first system call that writes is that of the records: the position is written by the file object
+KILLED_BEFORE_WRITING = """
+import os, signal
+import background
+
+os.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(background.main([]))
+"""
+
+
 def two_exporters_one_stopped_in_its_turn(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
     """An exporter is stopped when it is about to write; another one has the same records; the first goes on."""
     with fake_backend() as fake:
@@ -188,6 +218,7 @@ SCENARIOS: dict[str, Scenario] = {
     "id-of-its-own-for-each-try": answer_lost_after_storing,
     "lock-by-existence": torn_tail_of_a_killed_exporter,
     "torn-tail-stays": torn_tail_of_a_killed_exporter,
+    "position-before-write": exporter_killed_before_its_write,
     "no-lock": two_exporters_one_stopped_in_its_turn,
     "file-is-not-looked-at": two_exporters_one_stopped_in_its_turn,
 }

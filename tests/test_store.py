@@ -12,14 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import psycopg
 import pytest
 import requests
-from harness import Backend, Postgres, Service, driver
+from harness import Backend, Postgres, Service
 from waiting import wait_until
 
 SECONDS = 60  # for one answer on a busy machine
@@ -341,39 +340,6 @@ def test_a_signal_ends_all_processes_with_status_0_and_frees_the_port(
     with socket.create_server(("127.0.0.1", int(urlsplit(backend.url).port or 0))):
         pass
     assert "Traceback" not in backend.printed
-
-
-# The same backend; each call that its handler of SIGTERM makes is interrupted by a SIGINT
-INTERRUPTED = """
-import os
-import signal
-import backend
-
-def interrupt(frame, event, _):
-    if event.endswith("call"):
-        os.kill(os.getpid(), signal.SIGINT)
-
-def install(number, handler):
-    def handle(*arguments):
-        sys.setprofile(interrupt)
-        handler(*arguments)
-        sys.setprofile(None)
-
-    set_handler(number, handle if number == signal.SIGTERM else handler)
-
-set_handler, signal.signal = signal.signal, install
-sys.exit(backend.main([]))
-"""
-
-
-def test_a_signal_that_interrupts_the_handler_of_another_one_ends_the_backend_all_the_same(
-    start: Callable[..., Service], postgres: Postgres, tmp_path: Path
-) -> None:
-    program = driver(tmp_path, "interrupted.py", INTERRUPTED)
-    backend = start(program, HOST="127.0.0.1", BACKEND_PORT=0, DATABASE_URL=postgres.create_logs())
-    backend.wait_for_line("listening on")
-    backend.kill(signal.SIGTERM)
-    assert backend.process.wait(SECONDS) == 0
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
