@@ -168,13 +168,21 @@ def read_value(rule: range | str | Callable[[str], Any], text: str) -> Any:
     raise ValueError(text)
 
 
+def check_connection_url(text: str) -> str:
+    """A connection string as libpq reads it, with numbers as ports. Raises ValueError."""
+    try:
+        ports = conninfo_to_dict(text).get("port") or ""
+    except psycopg.ProgrammingError as error:
+        raise ValueError(text) from error
+    read_value(r"([0-9]{1,5}(,|$))*", str(ports))
+    return text
+
+
 Text = Annotated[str, r"[^\0]+", "any text"]
 Origins = Annotated[str, r"\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*", "* or http(s)://host[:port], by commas"]
 Secret = Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"]
 ConnectionUrl = Annotated[
-    str,
-    r"postgres(ql)?://[^\s\[\]]*(\[[0-9A-Fa-f:.]+\][^\s\[\]]*)*",
-    "like postgresql://user:password@host:5432/name (its value is not shown)",
+    str, check_connection_url, "like postgresql://user:password@host:5432/name (its value is not shown)"
 ]
 
 
@@ -948,10 +956,6 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             return bool(request.path == "/api/health")
         return int(request.headers.get("CONTENT_LENGTH", 0)) <= QUICK_BYTES
 
-    def is_stalled(self, cutoff: float) -> bool:
-        """Its reader has taken nothing of a reply since: it holds a thread, and maybe one of the reading sessions."""
-        return bool(self.requests and self.total_outbufs_len and self.last_activity < cutoff)
-
 
 class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
     """Gives requests to threads, and the quick ones to the loop itself: a hand-over costs more than they do."""
@@ -1033,10 +1037,12 @@ class Server:
             self._cut_off_stalled()
 
     def _cut_off_stalled(self) -> None:
+        """Those whose readers take nothing of a reply: each holds a thread, and maybe one of the reading sessions."""
         cutoff = time.time() - STALL_SECONDS  # waitress's clock
-        for channel in [one for one in self._channels() if one.is_stalled(cutoff)]:
-            log.warning("cut off %s: it took nothing of its reply for %d s", channel.addr[0], STALL_SECONDS)
-            channel.handle_close()  # the thread that serves it wakes up
+        for channel in self._channels():
+            if channel.requests and channel.total_outbufs_len and channel.last_activity < cutoff:
+                log.warning("cut off %s: it took nothing of its reply for %d s", channel.addr[0], STALL_SECONDS)
+                channel.handle_close()  # the thread that serves it wakes up
 
     def _channels(self) -> list[Channel]:
         return list(self._server.active_channels.values())
