@@ -115,7 +115,11 @@ class FakeBackend:
         self._server.server_close()
 
     def handle(self, handler: BaseHTTPRequestHandler) -> None:
-        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        length = int(handler.headers.get("Content-Length", 0))
+        body = handler.rfile.read(length)
+        if len(body) < length:  # its sender was killed in the middle
+            handler.close_connection = True
+            return
         query = {name: values[0] for name, values in parse_qs(urlsplit(handler.path).query).items()}
         request = Request(
             handler.command, query, dict(handler.headers.items()), body, time.monotonic(), handler.client_address[1]
