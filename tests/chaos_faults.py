@@ -73,10 +73,25 @@ def found(condition: Callable[[], T], seconds: float = SECONDS, poll: float = 0.
     return None
 
 
-def saying(slots: Sequence[Slot], words: str) -> Callable[[], bool]:
-    """Whether one of the services has said that since now."""
-    before = {slot.service.output: slot.service.printed.count(words) for slot in slots}
-    return lambda: any(slot.service.printed.count(words) > before.get(slot.service.output, 0) for slot in slots)
+def saying(slots: Sequence[Slot], pattern: str) -> Callable[[], bool]:
+    """Whether one of the services has said something like that since now."""
+
+    def count(slot: Slot) -> int:
+        return len(re.findall(pattern, slot.service.printed))
+
+    before = {slot.service.output: count(slot) for slot in slots}
+    return lambda: any(count(slot) > before.get(slot.service.output, 0) for slot in slots)
+
+
+@contextmanager
+def shared_folder_struck(arena: Arena, pattern: str) -> Iterator[Callable[[], bool]]:
+    """One fault of the shared folder at a time; gives whether an exporter has said what is wrong. The next one waits
+    until an exporter is back: of an outage that goes on they say only how it began."""
+    with arena.shared_lock:
+        said, back = saying(arena.exporters, pattern), saying(arena.exporters, "shared file: back after")
+        yield said
+        if said():
+            found(back, poll=0.1)
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
@@ -408,12 +423,11 @@ def spoil_export_position(arena: Arena, strike: Strike) -> str:
 def bar_export_position(arena: Arena, strike: Strike) -> str:
     """It cannot be written: a folder is in its place. The file grows all the same, or waits if it is a new one."""
     position, bar = arena.file.with_name("data.txt.position"), arena.file.with_name("data.txt.position.new")
-    with arena.shared_lock:
+    with shared_folder_struck(arena, "shared file: .*Is a directory") as said:
         if not found(lambda: made(lambda: bar.mkdir()), poll=0.001):
             return ""
         try:
             old, goal = position.read_bytes() if position.exists() else b"", count_lines(*arena.files()) + 20
-            said = saying(arena.exporters, "Is a directory")
             struck = found(lambda: said() or count_lines(*arena.files()) > goal, poll=0.1)
             proof = "it stayed" if struck and (not position.exists() or position.read_bytes() == old) else ""
         finally:
@@ -461,8 +475,7 @@ def bar_lock(arena: Arena, strike: Strike) -> str:
     """Something else is in the lock file's place; exporters leave it alone, say so, and wait."""
     path = arena.lock_file
     make, remove = (path.mkdir, path.rmdir) if strike.target % 2 else (lambda: path.symlink_to("away"), path.unlink)
-    with arena.shared_lock:
-        said = saying(arena.exporters, "is no lock file of ours")
+    with shared_folder_struck(arena, "data.txt.lock is (no lock file of ours|not a regular file)") as said:
         if not found(lambda: made(make), poll=0.0005):
             return ""
         try:
@@ -515,11 +528,12 @@ def fill_shared_names(arena: Arena, strike: Strike) -> str:
 
 
 def fill_for_exporters(arena: Arena, strike: Strike, fill: Callable[[Disk], None]) -> str:
-    with arena.shared_lock:
-        said = saying(arena.exporters, "No space left")
-        with filled(arena, arena.shared, fill) as is_full:
-            struck = found(said, poll=0.1) and is_full()
-            pause(strike.seconds)
+    with (
+        shared_folder_struck(arena, "shared file: .*No space left") as said,
+        filled(arena, arena.shared, fill) as is_full,
+    ):
+        struck = found(said, poll=0.1) and is_full()
+        pause(strike.seconds)
     return "they said so" if struck else ""
 
 
