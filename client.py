@@ -452,8 +452,11 @@ def read_answer(response: http.client.HTTPResponse, count: int) -> list[dict[str
         if answer["accepted"] + answer["duplicates"] + len(answer["rejected"]) == count:
             return list(answer["rejected"])
     elif response.status in (400, 413) and kind == "application/problem+json":
-        problem: dict[str, Any] = json.loads(body)
-        return problem.get("rejected") or (None if count > 1 else [{"index": 0, "reason": problem.get("detail", "")}])
+        problem = json.loads(body)
+        if "rejected" not in problem:
+            return None if count > 1 else [{"index": 0, "reason": problem["detail"]}]
+        if len(problem["rejected"]) == count:
+            return list(problem["rejected"])
     elif response.status == 413 and count > 1:  # a proxy's limit
         return None
     raise ValueError(f"answer {response.status}: {' '.join(body[:300].decode(errors='replace').split())}")

@@ -455,6 +455,10 @@ OUTAGES: dict[str, Answer] = {
     "a proxy's 400": lambda _: Reply(400, b"<h1>Bad Request</h1>", "text/html"),
     "a portal's 200": lambda _: Reply(200, b"<h1>Welcome</h1>", "text/html"),
     "a cut answer": lambda _: Reply(201, b'{"accepted": 1, "dupl', length=500),
+    "a 400 that is silent about most lines": lambda _: Reply(
+        400, b'{"detail": "no", "rejected": [{"index": 0, "reason": "no"}]}', PROBLEM
+    ),
+    "a 400 that is no object": lambda _: Reply(400, b"[]", PROBLEM),
 }
 
 
