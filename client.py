@@ -266,17 +266,18 @@ class FollowedFile:
         self._head = journal.source.get("head", 0)  # checksum of the first bytes of what was read; 0: not known
         self._offset = journal.source.get("offset_after", 0)
         self._file = -1
-        self._seen_at = 0.0  # when it was last at its path, or had something new
+        self._quiet_since = float("inf")  # seen with another file at its path, and with nothing new
 
     def step(self) -> bool:
         """Moves one chunk of lines into the journal; False if there is nothing new. Raises OSError."""
         if self._file < 0:
-            self._file, self._seen_at = self._open(), time.monotonic()
+            self._file, self._quiet_since = self._open(), float("inf")
         if not self._goes_on(self._file):
             log.warning("%s was truncated or replaced; reading it from its beginning", self._path)
             self._offset = 0
+        left = self._is_left()  # before the reading: what is written until then is read
         data = os.pread(self._file, CHUNK_BYTES, self._offset)
-        ended = b"\n" not in data and self._is_left()
+        ended = left and b"\n" not in data
         lines, length = whole_lines(data, ended)
         if length:
             self._move(lines, self._offset + length)
@@ -289,7 +290,7 @@ class FollowedFile:
         inode = os.fstat(self._file).st_ino
         head = zlib.crc32(os.pread(self._file, min(HEAD_BYTES, end), 0))
         self._journal.append(lines, {"inode": inode, "head": head, "offset": self._offset, "offset_after": end})
-        self._inode, self._head, self._offset, self._seen_at = inode, head, end, time.monotonic()
+        self._inode, self._head, self._offset, self._quiet_since = inode, head, end, float("inf")
 
     def _open(self) -> int:
         """The file that was followed last, also under another name; else the one at the path."""
@@ -310,11 +311,13 @@ class FollowedFile:
         return same or not self._offset
 
     def _is_left(self) -> bool:
-        """Another file is at the path, and ours has been quiet since: its writer has let go of it."""
+        """Another file is at the path, and ours has been quiet since that was seen: its writer has let go of it."""
         with suppress(FileNotFoundError):  # renamed, and the new one is not there yet
             if not os.path.samefile(self._path, self._file):
-                return time.monotonic() - self._seen_at > ROTATED_SECONDS
-        self._seen_at = time.monotonic()
+                now = time.monotonic()
+                self._quiet_since = min(self._quiet_since, now)
+                return now - self._quiet_since > ROTATED_SECONDS
+        self._quiet_since = float("inf")
         return False
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import resource
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes import PROBLEM, Answer, FakeBackend, Reply, Request, fake_backend, proxy_to, refusal, some_lines
 from harness import ROOT, Backend, Service, assert_same, clean_environment, kill, line_of, peak_memory_bytes
 from waiting import wait_until
+
+import client
 
 Start = Callable[..., Service]
 DATA = Path(__file__).parent / "data"
@@ -211,6 +216,35 @@ def test_rotation_by_rename_loses_nothing_also_of_what_is_still_written_to_the_r
     append(source, *lines[75:])
     assert_delivered(lines, journal, backend)
     assert renamed.read_text().splitlines() == lines[:60]
+
+
+def test_a_renamed_file_is_left_when_it_was_seen_quiet_for_a_while_however_long_the_client_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, source: Path, journal: Path
+) -> None:
+    lines = some_lines(50)
+    write_lines(source, lines[:10])
+    followed = client.FollowedFile(str(source), client.open_journal(str(journal)))
+    assert (followed.step(), followed.step()) == (True, False)
+    renamed = source.rename(source.with_suffix(".1"))
+    write_lines(source, lines[40:])
+    now = time.monotonic() + 3600  # it was stopped between two steps
+    monkeypatch.setattr(client, "time", SimpleNamespace(monotonic=lambda: now))
+    assert not followed.step()
+    append(renamed, *lines[10:30])
+    assert (followed.step(), followed.step()) == (True, False)
+    now += 3600
+    samefile = os.path.samefile
+
+    def stopped_here(*arguments: Any) -> bool:  # and once in a step, beside its look at the path
+        append(renamed, *lines[30:40])
+        monkeypatch.setattr(os.path, "samefile", samefile)
+        return samefile(*arguments)
+
+    monkeypatch.setattr(os.path, "samefile", stopped_here)
+    assert (followed.step(), followed.step()) == (True, False)
+    now += 3600
+    assert [followed.step() for _ in range(3)] == [True, True, False]
+    assert journal.read_text().splitlines() == lines
 
 
 def test_rotation_while_no_client_runs_loses_nothing(
