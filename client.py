@@ -126,7 +126,8 @@ class Journal:
         self.size = self.source["journal"]
         os.ftruncate(self._file, self.size)
         os.fsync(self._file)
-        self.source |= {"offset_after": self.source["offset"], "journal_after": self.size, "head": 0}
+        head = self.source["head"] if self.source["offset"] >= HEAD_BYTES else 0  # else it is one of more than was read
+        self.source |= {"offset_after": self.source["offset"], "journal_after": self.size, "head": head}
         write_state(f"{self.path}.source", self.source)
 
     def left(self) -> int:

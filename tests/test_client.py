@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 from fakes import PROBLEM, Answer, FakeBackend, Reply, Request, fake_backend, proxy_to, refusal, some_lines
-from harness import ROOT, Backend, Service, assert_same, clean_environment, kill, line_of, peak_memory_bytes
+from harness import ROOT, Backend, Service, assert_same, clean_environment, driver, kill, line_of, peak_memory_bytes
 from waiting import wait_until
 
 import client
@@ -216,6 +217,31 @@ def test_rotation_by_rename_loses_nothing_also_of_what_is_still_written_to_the_r
     append(source, *lines[75:])
     assert_delivered(lines, journal, backend)
     assert renamed.read_text().splitlines() == lines[:60]
+
+
+KILLED_BEFORE_APPENDING = """
+import os, signal
+import client
+
+os.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # .source is written by a file object
+client.main()
+"""
+
+
+def test_a_file_that_was_truncated_and_has_grown_after_a_kill_9_in_an_append_is_read_from_its_beginning(
+    start: Start, follow: Callable[..., Service], backend: Backend, source: Path, journal: Path, tmp_path: Path
+) -> None:
+    lines = some_lines(50)
+    write_lines(source, lines)
+    client = follow()
+    assert_delivered(lines, journal, backend)
+    assert client.end() == 0
+    append(source, *some_lines(10, "unread"))
+    killed = start(driver(tmp_path, "killed.py", KILLED_BEFORE_APPENDING), **client.settings)
+    assert killed.process.wait(20) == -signal.SIGKILL
+    write_lines(source, new := some_lines(200, "new"))
+    follow()
+    assert_delivered(lines + new, journal, backend)
 
 
 def test_a_renamed_file_is_left_when_it_was_seen_quiet_for_a_while_however_long_the_client_was_stopped(
