@@ -198,7 +198,7 @@ def read_tail(file: int, path: str) -> bytes:
     if torn:
         log.warning("%s: cut off %d bytes of a line that was not written to its end", path, torn)
         os.ftruncate(file, size - torn)
-    return tail
+    return tail if torn < TAIL_BYTES else read_tail(file, path)
 
 
 def append_whole(file: int, data: bytes) -> None:

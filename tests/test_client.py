@@ -459,13 +459,16 @@ def test_a_lost_stale_or_broken_position_file_makes_no_copy(
     assert fake.requests[posts].items[0] == fake.requests[0].items[0]  # it was sent again: the fault struck
 
 
-def test_a_torn_last_line_of_the_journal_is_cut_and_never_sent(start: Start, fake: FakeBackend, journal: Path) -> None:
+@pytest.mark.parametrize("torn", ["192.0.2.1 GET /to", "\0" * 9 * MIB], ids=["begun", "zeros"])
+def test_a_torn_end_of_the_journal_is_cut_and_never_sent(
+    start: Start, fake: FakeBackend, journal: Path, torn: str
+) -> None:
     client = start("client.py", URL=fake.data_url, LOG_FILE=journal, REQUEST_DELAY_LIMIT=5)
     wait_for_records(fake, 20)
     kill(client)
-    append(journal, "192.0.2.1 GET /to", end="")
+    append(journal, torn, end="")
     client = start("client.py", URL=fake.data_url, LOG_FILE=journal, REQUEST_DELAY_LIMIT=5)
-    client.wait_for_line("logs.txt.*cut off 17 bytes")
+    client.wait_for_line(f"logs.txt.*cut off {len(torn) % (4 * MIB)} bytes")
     wait_for_records(fake, 40)
     assert client.end() == 0
     assert_same(journal, fake.records())
