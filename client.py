@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any, get_type_hints
 from urllib.parse import urlsplit
 
@@ -296,7 +297,8 @@ class FollowedFile:
     def _open(self) -> int:
         """The file that was followed last, also under another name; else the one at the path."""
         folder = os.path.dirname(self._path) or "."
-        for entry in os.scandir(folder) if self._inode else ():
+        looks = (os.scandir(folder) for _ in range(2 if self._inode else 0))  # a rename may hide it from one of them
+        for entry in chain.from_iterable(looks):
             if entry.is_file() and entry.stat().st_ino == self._inode:
                 file = os.open(entry.path, os.O_RDONLY)
                 if self._goes_on(file):

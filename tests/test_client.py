@@ -288,6 +288,32 @@ def test_rotation_while_no_client_runs_loses_nothing(
     assert_delivered(lines, journal, backend)
 
 
+def test_rotation_while_a_starting_client_looks_for_the_file_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, source: Path, journal: Path
+) -> None:
+    lines = some_lines(30)
+    write_lines(source, lines[:10])
+    kept = client.open_journal(str(journal))
+    assert client.FollowedFile(str(source), kept).step()
+    kept.source = client.read_state(f"{journal}.source")
+    append(source, *lines[10:20])
+    scandir = os.scandir
+
+    def rotated_here(folder: str) -> Iterator[os.DirEntry[str]]:
+        monkeypatch.setattr(os, "scandir", scandir)
+        entries = list(scandir(folder))
+        source.rename(source.with_suffix(".1"))
+        write_lines(source, lines[20:])
+        return iter(entries)
+
+    monkeypatch.setattr(os, "scandir", rotated_here)
+    followed = client.FollowedFile(str(source), kept)
+    assert followed.step()
+    assert journal.read_text().splitlines() == lines[:20]
+    wait_until(lambda: followed.step() and len(journal.read_text().splitlines()) > 20, what="the new file")
+    assert journal.read_text().splitlines() == lines
+
+
 @pytest.mark.parametrize("how", ["truncated", "replaced"])
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
 def test_a_file_that_was_truncated_or_replaced_by_a_shorter_one_is_read_from_its_beginning(
