@@ -175,6 +175,8 @@ def whole_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
             data, broken = rest + error.partial, True
         end = data.rfind(b"\n") + 1
         rest = data[end:]
+        if len(rest) > TAIL_BYTES:
+            raise ValueError("the answer is not a list of records")
         if end:
             yield data[:end]
     if broken or rest or response.length:  # where less has come than its Content-Length, `read` does not tell

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from fakes import NDJSON, Answer, FakeBackend, Reply, Request, post_lines, proxy_to, refusal, some_lines
-from harness import Backend, Service, count_lines, held, is_stopped, kill, read_records
+from harness import Backend, Service, count_lines, held, is_stopped, kill, peak_memory_bytes, read_records
 from waiting import wait_until
 
 StartExporter = Callable[..., Service]
@@ -543,6 +543,7 @@ FALSE_REPLIES: dict[str, Callable[[FakeBackend], Reply | None]] = {
     "out of order": lambda fake: Reply(200, lines_of(fake.records()[:4:-1]), NDJSON),
     "twice": lambda fake: Reply(200, lines_of([*fake.records()[5:], *fake.records()[-1:]]), NDJSON),
     "too old": lambda fake: Reply(200, lines_of(fake.records()), NDJSON),
+    "an endless line": lambda _: Reply(200, b"x" * 200 * MIB, NDJSON),
     "a foreign line": lambda fake: Reply(200, lines_of(fake.records()[5:]) + b"and so on\n", NDJSON),
     "cut in the first record": lambda fake: Reply(200, lines_of(fake.records()[5:])[:50], NDJSON, chunked=True),
 }
@@ -561,6 +562,7 @@ def test_while_the_backend_is_away_or_false_nothing_is_written_and_two_lines_are
     fake.answer = lambda _: FALSE_REPLIES[kind](fake)
     wait_until(lambda: len(fake.requests) > known + 4, what="five attempts")
     assert file.read_bytes() == before
+    assert peak_memory_bytes(instance.pid) < 100 * MIB
     fake.answer = fake.serve
     assert_exported(fake, file)
     assert instance.end() == 0
