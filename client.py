@@ -430,12 +430,12 @@ class Courier:
         for item in refused:
             record_id, line = lines[item["index"]]
             self._journal.reject(record_id, line, str(item["reason"]))
-        self._journal.acknowledge(lines)
         self._delivered += len(lines) - len(refused)
         self._refused += len(refused)
         if self._down_since:
             log.info("delivering again after %.1f s", time.monotonic() - self._down_since)
             self._down_since = 0.0
+        self._journal.acknowledge(lines)  # last: with nothing left, the process may end and say how many these were
         if time.monotonic() > self._said_at + PROGRESS_SECONDS:
             self.say("going on")
 
