@@ -112,21 +112,26 @@ def answer_lost_after_storing(folder: Path, postgres: Postgres, start: Start, st
         assert_same(folder / "logs.txt", fake.records())
 
 
+def export_ten(fake: FakeBackend, folder: Path, start: Start) -> tuple[Service, Path]:
+    """An exporter that has written ten records, and the shared file."""
+    fake.add(some_lines(10))
+    shared = folder / "data.txt"
+    exporter: Service = start("background.py", URL=fake.data_url, DIRECTORY=str(folder), REQUEST_DELAY=20)
+    wait_until(lambda: shared.exists() and shared.read_bytes().count(b"\n") >= 10, 30, "the first records")
+    return exporter, shared
+
+
 def torn_tail_of_a_killed_exporter(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
     """An exporter died in the middle of a record, holding the lock, whose file it leaves behind."""
     with fake_backend() as fake:
-        fake.add(some_lines(10))
-        settings = {"URL": fake.data_url, "DIRECTORY": str(folder), "REQUEST_DELAY": 20}
-        shared = folder / "data.txt"
-        first = start("background.py", **settings)
-        wait_until(lambda: shared.exists() and shared.read_bytes().count(b"\n") >= 10, 30, "the first records")
+        first, shared = export_ten(fake, folder, start)
         first.kill()
         first.process.wait(10)
         with shared.open("ab") as file:
             file.write(b'{"id":"01234567-89ab')
         (folder / "data.txt.lock").touch()
         fake.add(some_lines(10, tag="b"))
-        start("background.py", **settings)
+        start("background.py", **first.settings)
         wait_until(lambda: shared.read_bytes().count(b"\n") >= 20, 10, "the next records")
         (folder / "journal").write_text("\n".join([*some_lines(10), *some_lines(10, tag="b")]) + "\n")
         assert_same(folder / "journal", read_records(shared))
@@ -135,17 +140,14 @@ def torn_tail_of_a_killed_exporter(folder: Path, postgres: Postgres, start: Star
 def exporter_killed_before_its_write(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
     """An exporter died in its turn, when it was about to write to the file that has its first records already."""
     with fake_backend() as fake:
-        fake.add(some_lines(10))
-        settings = {"URL": fake.data_url, "DIRECTORY": str(folder), "REQUEST_DELAY": 20}
-        shared = folder / "data.txt"
-        first = start("background.py", **settings)
-        wait_until(lambda: shared.exists() and shared.read_bytes().count(b"\n") >= 10, 30, "the first records")
+        first, shared = export_ten(fake, folder, start)
         assert first.end() == 0
         fake.add(some_lines(10, tag="b"))
-        assert start(driver(folder, "killed.py", KILLED_BEFORE_WRITING), **settings).process.wait(30) == -signal.SIGKILL
+        second: Service = start(driver(folder, "killed.py", KILLED_BEFORE_WRITING), **first.settings)
+        assert second.process.wait(30) == -signal.SIGKILL
         assert shared.read_bytes().count(b"\n") == 10
         fake.add(some_lines(10, tag="c"))
-        start("background.py", **settings)
+        start("background.py", **first.settings)
         wait_until(lambda: b"/c/9" in shared.read_bytes(), 30, "the last record")
         lines = [*some_lines(10), *some_lines(10, tag="b"), *some_lines(10, tag="c")]
         (folder / "journal").write_text("\n".join(lines) + "\n")
