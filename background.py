@@ -41,6 +41,7 @@ BUSY_SECONDS = 0.05  # between attempts to get a turn
 MAX_DELAY_SECONDS = 30.0  # between attempts to reach the backend
 PROGRESS_SECONDS = 10.0
 TAIL_BYTES = 64 * 1024  # read at a time when looking for the last line: a record has at most 17 KiB
+COMPANIONS = (".lock", ".position", ".position.new")  # of any shared file in the folder; they come and go
 NDJSON = "application/x-ndjson"
 BEFORE_ALL = "1969-12-31T23:59:59.999999Z"  # `created` of no record yet: all from the epoch on come after it
 
@@ -321,7 +322,7 @@ class SharedFile:
         """The last `created` of each earlier shared file in the folder: of the one that the position names, which may
         have a torn tail, and of those that are called FILE_NAME.something."""
         for entry in os.scandir(self._directory):
-            if entry.path == self.path or not entry.is_file(follow_symlinks=False):
+            if entry.path == self.path or entry.name.endswith(COMPANIONS) or not entry.is_file(follow_symlinks=False):
                 continue
             mend = identity(entry.stat()) == named
             if mend or is_part(entry.path, self.path):
@@ -338,9 +339,8 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def is_part(path: str, shared: str) -> bool:
-    """Whether it is called as the shared file or its renamed parts are, and is none of the companions."""
-    renamed = path.startswith(f"{shared}.") and not path.endswith((".lock", ".position", ".position.new"))
-    return renamed or path == shared
+    """Whether it is called as the shared file or its renamed parts are."""
+    return path == shared or (path.startswith(f"{shared}.") and not path.endswith(COMPANIONS))
 
 
 def last_whole(descriptor: int, path: str, mend: bool) -> str:

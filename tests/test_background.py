@@ -20,6 +20,8 @@ from fakes import NDJSON, Answer, FakeBackend, Reply, Request, post_lines, proxy
 from harness import Backend, Service, count_lines, held, is_stopped, kill, peak_memory_bytes, read_records
 from waiting import wait_until
 
+import background
+
 StartExporter = Callable[..., Service]
 MIB = 1024**2
 
@@ -431,6 +433,24 @@ def test_a_part_may_be_compressed_and_another_file_may_get_its_inode(
     export(fake)
     assert_exported(fake, part, file)
     assert foreign.read_text() == "these are notes"
+
+
+def test_a_turn_does_not_fail_because_others_end_theirs_meanwhile(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    companions = [file.with_name(f"other.txt.{kind}") for kind in ("lock", "position.new")]
+    for companion in companions:
+        companion.touch()
+    scandir = os.scandir
+
+    def list_and_remove(folder: str) -> list[os.DirEntry[str]]:
+        entries = list(scandir(folder))
+        for companion in companions:
+            companion.unlink()
+        return entries
+
+    monkeypatch.setattr(os, "scandir", list_and_remove)
+    with background.SharedFile(str(file.parent), file.name).opened() as last:
+        assert last == background.BEFORE_ALL
+    assert not any(companion.exists() for companion in companions)
 
 
 def test_a_copy_of_the_file_that_is_being_made_beside_it_is_not_cut(
