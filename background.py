@@ -123,6 +123,10 @@ class Refused(http.client.HTTPException):
     retry_after_seconds = 0.0  # its own wish, if it had one
 
 
+class Interrupted(Exception):
+    """A signal came while the backend was asked or read from."""
+
+
 UNREACHABLE = (OSError, http.client.HTTPException, ValueError)  # raised by `follow` if the backend cannot be had now
 
 
@@ -368,6 +372,7 @@ class Exporter:
     """Fetches when it may, writes when it can. Nothing is fetched while it owns the turn."""
 
     def __init__(self, settings: Settings) -> None:
+        self.fetching = False  # what is in hand may be thrown away: it can be fetched again
         self._settings = settings
         self._turn = Turn(settings.directory, settings.file_name)
         self._file = SharedFile(settings.directory, settings.file_name)
@@ -400,7 +405,7 @@ class Exporter:
     def _fetch(self) -> float:
         """Gets what there is, a portion at most; the seconds to wait before the next."""
         try:
-            lines = next(self._records)
+            lines = self._next_lines()
         except UNREACHABLE as error:
             self._note("backend", f"{type(error).__name__}: {error}")
             self._follow_after(self._last)
@@ -414,6 +419,13 @@ class Exporter:
         self._waiting.append(lines)
         self._last = last_created(lines)
         return 0.0
+
+    def _next_lines(self) -> bytes:
+        self.fetching = True
+        try:
+            return next(self._records)
+        finally:
+            self.fetching = False
 
     def write(self) -> None:
         """Writes what waits, if the turn can be had and it is not in the file already."""
@@ -514,14 +526,20 @@ def parts_in_order(directory: str, file_name: str) -> list[str]:
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?Z?"
 
 
-def catch_signals() -> int:
-    """A descriptor that can be read from once SIGTERM or SIGINT has come (the self-pipe trick): nothing is interrupted,
-    and no lock is needed, as it would be for an Event."""
+def catch_signals(exporter: Exporter) -> int:
+    """A descriptor that can be read from once SIGTERM or SIGINT has come (the self-pipe trick): no lock is needed, as
+    it would be for an Event. Only a fetch is interrupted, and only once; a write never is."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
+
+    def interrupt(*_: Any) -> None:
+        if exporter.fetching:
+            exporter.fetching = False
+            raise Interrupted
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, interrupt)
     return reading
 
 
@@ -529,14 +547,15 @@ def run(exporter: Exporter, signals: int) -> None:
     """Steps until a signal, says from time to time how far it is, and tries once more to write at the end."""
     said, said_at, delay = 0, time.monotonic(), 0.0
     exporter.write()  # looks at the file, which says where to begin
-    while not select.select([signals], [], [], delay)[0]:
-        delay = exporter.step()
-        written, seconds = exporter.written, time.monotonic() - said_at
-        if seconds >= PROGRESS_SECONDS:
-            if written > said:
-                rate = (written - said) / seconds
-                log.info("%d records written (%.0f/s), %d waiting", written, rate, exporter.waiting_records)
-            said, said_at = written, time.monotonic()
+    with contextlib.suppress(Interrupted):
+        while not select.select([signals], [], [], delay)[0]:
+            delay = exporter.step()
+            written, seconds = exporter.written, time.monotonic() - said_at
+            if seconds >= PROGRESS_SECONDS:
+                if written > said:
+                    rate = (written - said) / seconds
+                    log.info("%d records written (%.0f/s), %d waiting", written, rate, exporter.waiting_records)
+                said, said_at = written, time.monotonic()
     exporter.write()
     log.info("stopped; %d records written, %d left to the others", exporter.written, exporter.waiting_records)
 
@@ -556,9 +575,10 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         log.error("DIRECTORY %s cannot be used: %s", settings.directory, error.strerror or error)
         return 1
-    signals = catch_signals()  # before it says that it runs: from then on it ends by itself, with 0
+    exporter = Exporter(settings)
+    signals = catch_signals(exporter)  # before it says that it runs: from then on it ends by itself, with 0
     log.info("appending to %s from %s", os.path.join(settings.directory, settings.file_name), settings.url)
-    run(Exporter(settings), signals)
+    run(exporter, signals)
     return 0
 
 

@@ -42,7 +42,10 @@ class Request:
 
 @dataclass
 class Reply:
-    """What goes out. A declared `length` beyond the body, or `chunked` without its last chunk, is a cut reply."""
+    """What goes out. A declared `length` beyond the body, or `chunked` without its last chunk, is a cut reply.
+
+    With `pause_seconds` the body trickles: a byte, a pause, a byte.
+    """
 
     status: int = 200
     body: bytes = b""
@@ -50,6 +53,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     length: int | None = None
     chunked: bool = False
+    pause_seconds: float = 0.0
 
 
 Answer = Callable[[Request], Reply | None]
@@ -139,10 +143,12 @@ class FakeBackend:
             handler.send_header("Content-Length", str(len(reply.body) if reply.length is None else reply.length))
         handler.end_headers()
         view = memoryview(reply.body)
+        size = 1 if reply.pause_seconds else 65536
         while view:
-            piece, view = view[:65536], view[65536:]
+            piece, view = view[:size], view[size:]
             handler.wfile.write(b"%x\r\n%b\r\n" % (len(piece), bytes(piece)) if reply.chunked else piece)
             self.bytes_sent += len(piece)
+            threading.Event().wait(reply.pause_seconds)
         if reply.chunked or reply.length is not None:
             handler.close_connection = True
 

@@ -169,6 +169,24 @@ def test_sigterm_ends_it_with_exit_0_and_it_says_what_is_left(
     assert count_lines(file) == 10
 
 
+def test_sigterm_does_not_wait_for_a_backend_whose_answer_trickles(
+    fake: FakeBackend, export: StartExporter, file: Path, lock: Path
+) -> None:
+    fake.add(some_lines(10))
+    exporter = export(fake)
+    assert_exported(fake, file)
+    fake.add(some_lines(10, "more"))
+    fake.answer = lambda request: Reply(200, fake.ndjson(request), NDJSON, pause_seconds=0.2)  # for minutes
+    sent = fake.bytes_sent
+    wait_until(lambda: fake.bytes_sent > sent + 5, what="some of the answer")
+    assert exporter.end(60) == 0
+    exporter.wait_for_line(r"stopped; 10 records written, 0 left")
+    assert not lock.exists()
+    fake.answer = fake.serve
+    export(fake)
+    assert_exported(fake, file)
+
+
 def test_the_api_token_is_sent(fake: FakeBackend, export: StartExporter) -> None:
     export(fake, API_TOKEN="a.b-c")
     wait_until(lambda: fake.requests, what="a request")

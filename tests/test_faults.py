@@ -927,7 +927,7 @@ def test_sigterm_of_each_service_under_load_loses_nothing_and_says_what_is_left(
     client.wait_for_line(r"stopped; \d+ lines delivered, 0 refused, \d+ bytes left")
     client = generate()
     grow(shared, 500)
-    end_within(exporter, 10)
+    end_within(exporter, 5)
     exporter.wait_for_line(r"stopped; \d+ records written, \d+ left to the others")
     exporter = export()
     grow(shared, 500)
@@ -942,7 +942,7 @@ def test_sigterm_of_each_service_under_load_loses_nothing_and_says_what_is_left(
     grow(shared, 500)
     end_within(client, 5)
     assert_equal_everywhere(journal, backend, shared)
-    end_within(exporter, 10)
+    end_within(exporter, 5)
     end_within(backend, 5)
 
 
@@ -995,8 +995,10 @@ def interrupt(frame, event, _):
 def install(number, handler):
     def handle(*arguments):
         sys.setprofile(interrupt)
-        handler(*arguments)
-        sys.setprofile(None)
+        try:
+            handler(*arguments)
+        finally:
+            sys.setprofile(None)
 
     set_handler(number, handle if number == signal.SIGTERM else handler)
 
