@@ -73,7 +73,7 @@ ANSWER_SECONDS = 1.0  # of these, to say 503 to who still waits for a commit
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
 LOOP_SECONDS = 0.5  # how late a signal may be noticed
-QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms
+QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
 CONNECTION_LIMIT = 4096  # client connections of one process
 
 # ---- SQL ------------------------------------------------------------------------------------------------------------
@@ -499,21 +499,16 @@ class Database:
         outage = Outage("reading from the database")
         self._readers = [Session(conninfo, READ_SECONDS, outage) for _ in range(readers)]
         self._free: LifoQueue[Session] = LifoQueue()  # the one used last is the one that is connected
-        self._may_wait = threading.Semaphore((readers + 1) // 2)
         for reader in self._readers:
             self._free.put(reader)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
         """One of the reading sessions, for as long as an export takes. Raises Unavailable if none gets free in time."""
-        may_wait = self._may_wait.acquire(blocking=False)  # a few: each of them takes a thread from the large POSTs
         try:
-            session = self._free.get(may_wait, SLOT_SECONDS)
+            session = self._free.get(timeout=SLOT_SECONDS)
         except Empty:
             raise Unavailable("All places for reading are taken; ask again in a moment.") from None
-        finally:
-            if may_wait:
-                self._may_wait.release()
         try:
             yield session
         finally:
@@ -654,6 +649,7 @@ class GroupCommit:
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
+HEALTH = "/api/health"
 TICKET = "backend.ticket"  # in the WSGI environment: None, or what became of the request's lines
 
 
@@ -895,7 +891,7 @@ def create_app(database: Database, settings: Settings) -> falcon.App[Any, Any]:
     api = Api(database)
     page = Files(*sorted((HERE / "static/swagger-ui").iterdir(), key=lambda file: file.name != "index.html"))
     app.add_route("/api/data", api)
-    app.add_route("/api/health", api, suffix="health")
+    app.add_route(HEALTH, api, suffix="health")
     app.add_route("/readyz", api, suffix="ready")
     app.add_route("/docs", page)
     app.add_route("/docs/assets/{file}", page)
@@ -945,35 +941,34 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             ticket.settled = lambda: self.server.add_task(self)
             self.server.commits.submit(ticket)
 
-    @property
-    def is_quick(self) -> bool:
-        """Serving the request takes about as long as handing it to a thread, and never waits for the loop: the answer
-        is far below outbuf_high_watermark."""
-        request = self.requests[0]
-        if request.error or self.total_outbufs_len:
-            return False
-        if request.command != "POST":
-            return bool(request.path == "/api/health")
-        return int(request.headers.get("CONTENT_LENGTH", 0)) <= QUICK_BYTES
-
 
 class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
-    """Gives requests to threads, and the quick ones to the loop itself: a hand-over costs more than they do."""
+    """Gives requests to threads, and small POSTs to the loop itself: a hand-over costs more than they do.
+
+    Large POSTs have one thread for all: several would only take the interpreter's lock from one another, and a crowd
+    of them at once would take gigabytes. Neither that thread nor the loop ever waits for a reader: their answers are
+    single pieces, for connections that have taken all that was sent to them.
+    """
 
     def __init__(self, threads: int) -> None:
         super().__init__()
         self.set_thread_count(threads)
+        self._large = waitress.task.ThreadedTaskDispatcher()
+        self._large.set_thread_count(1)
         self.quick: list[Channel] = []
 
     def add_task(self, channel: Channel) -> None:
-        if not channel.is_quick:
+        request = channel.requests[0]
+        if request.error or channel.total_outbufs_len or not (request.command == "POST" or request.path == HEALTH):
             super().add_task(channel)
-            return
-        with self.lock:
-            self.quick.append(channel)
-            first = len(self.quick) == 1  # else the loop has been woken up already
-        if first:
-            channel.server.pull_trigger()
+        elif not request.ticket and int(request.headers.get("CONTENT_LENGTH", 0)) > QUICK_BYTES:
+            self._large.add_task(channel)
+        else:
+            with self.lock:
+                self.quick.append(channel)
+                first = len(self.quick) == 1  # else the loop has been woken up already
+            if first:
+                channel.server.pull_trigger()
 
     def serve_quick(self) -> None:
         with self.lock:
@@ -990,7 +985,7 @@ class Server:
     """waitress's server in a loop of our own, which also serves the quick requests and minds the time-outs."""
 
     def __init__(self, settings: Settings, conninfo: str, listener: socket.socket) -> None:
-        self._database = Database(conninfo, readers=settings.threads // 2)  # the other half is left for large POSTs
+        self._database = Database(conninfo, readers=settings.threads // 2)  # the other half says 503
         self._commits = GroupCommit(self._database.storing)
         self._dispatcher = Dispatcher(settings.threads)
         self._looked_at = time.monotonic()

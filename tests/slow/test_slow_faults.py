@@ -429,6 +429,19 @@ def test_an_export_of_a_million_records_as_one_array_takes_little_memory(start_b
     assert_flat(backend, 100 * MIB)
 
 
+def test_a_crowd_of_large_batches_while_the_database_does_not_answer_takes_bounded_memory(
+    start_backend: StartBackend,
+) -> None:
+    lines = [f"192.0.2.1 GET /{'x' * 1600} 200"] * 9_900  # 16 MB
+    body = "\n".join(lines).encode()
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent, ThreadPoolExecutor(40) as crowd:
+        backend = start_backend(DATABASE_URL=f"postgresql://x@127.0.0.1:{silent.getsockname()[1]}/x")
+        headers = {"Content-Type": "text/plain"}
+        answers = list(crowd.map(lambda _: Answer("POST", backend.data_url, data=body, headers=headers), range(40)))
+    assert all(answer.refused for answer in answers), answers
+    assert_flat(backend, 400 * MIB)
+
+
 def test_a_million_lines_without_a_backend_take_little_memory_and_are_all_delivered(
     start: Start, start_backend: StartBackend, journal: Path, tmp_path: Path
 ) -> None:
