@@ -17,7 +17,6 @@ import fcntl
 import hmac
 import json
 import logging
-import math
 import mimetypes
 import os
 import re
@@ -34,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from queue import Empty, LifoQueue
 from typing import Annotated, Any, get_type_hints
@@ -60,7 +59,7 @@ MAX_BATCH_LINES = 10_000  # one statement of this size holds the stamping lock f
 MAX_URI_BYTES = 8192
 QUEUE_BYTES = 32 * 1024**2  # of bodies that wait for a commit; as rows they take up to five times that. Past it: 503
 STORE_SECONDS = 10.0  # a POST is answered within this time, by 503 if need be
-READ_SECONDS = 8.0  # a part of an export takes milliseconds; a cold disk may need longer
+STATEMENT_SECONDS = 8.0  # a part of an export takes milliseconds; a cold disk may need longer
 PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 MAX_LIMIT = 1_000_000
 CONNECT_SECONDS = 5
@@ -420,18 +419,21 @@ class RawText(psycopg.adapt.Loader):
         return bytes(data)
 
 
+class Connection(psycopg.Connection[Any]):
+    """Gives up a server that does not even end its statements in time: it is stopped, or the network is gone."""
+
+    wait = partialmethod(psycopg.Connection.wait, timeout=STATEMENT_SECONDS + 1)
+
+
 class Session:
     """A session of PostgreSQL that survives the loss of its connection, as each statement is a transaction of its own.
 
-    One thread at a time may `query`. A server that is stopped does not even end its statements in time: any other
-    thread that looks in from time to time with `cut_if_hanging` makes of it a lost connection.
+    One thread at a time may use it.
     """
 
-    def __init__(self, conninfo: str, seconds: float, outage: Outage) -> None:
-        self._conninfo, self._seconds, self._outage = conninfo, seconds, outage
-        self._connection: psycopg.Connection[Any] | None = None
-        self._hangs_at = math.inf
-        self._lock = threading.Lock()  # held when the connection is closed or cut
+    def __init__(self, conninfo: str, outage: Outage) -> None:
+        self._conninfo, self._outage = conninfo, outage
+        self._connection: Connection | None = None
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Any:
         """The first row. If the connection is lost, the statement is repeated: at once if it was an old one, which may
@@ -439,17 +441,20 @@ class Session:
 
         Raises Unavailable, and psycopg's DataError or IntegrityError if a value is refused.
         """
-        latest, pause = time.monotonic() + self._seconds / 2, 0.1
+        latest, pause = time.monotonic() + STATEMENT_SECONDS / 2, 0.1
         while True:
             fresh = self._connection is None
             try:
-                row = self._execute(sql, parameters)
+                connection = self._connection or self._connect()
+                row = connection.execute(sql, parameters, binary=True).fetchone()
                 self._outage.end()
                 return row
             except (psycopg.DataError, psycopg.IntegrityError):
                 raise
             except psycopg.Error as error:
-                self._close()
+                if self._connection is not None:
+                    self._connection.close()
+                    self._connection = None
                 if (fresh and self._outage) or time.monotonic() > latest:
                     self._outage.begin(error)
                     missing = isinstance(error, (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable))
@@ -457,21 +462,8 @@ class Session:
                 time.sleep(pause if fresh else 0)
                 pause *= 2
 
-    def cut_if_hanging(self) -> None:
-        with self._lock, contextlib.suppress(OSError, psycopg.Error):
-            if self._connection is not None and time.monotonic() > self._hangs_at:
-                socket.socket(fileno=os.dup(self._connection.fileno())).shutdown(socket.SHUT_RDWR)
-
-    def _execute(self, sql: str, parameters: Mapping[str, Any] | None) -> Any:
-        self._hangs_at = time.monotonic() + self._seconds + 1
-        try:
-            connection = self._connection or self._connect()
-            return connection.execute(sql, parameters, binary=True).fetchone()
-        finally:
-            self._hangs_at = math.inf
-
-    def _connect(self) -> psycopg.Connection[Any]:
-        self._connection = psycopg.connect(
+    def _connect(self) -> Connection:
+        self._connection = Connection.connect(
             self._conninfo,
             autocommit=True,
             prepare_threshold=None,  # plan for the values at hand: filters are optional
@@ -481,26 +473,19 @@ class Session:
             client_encoding="UTF8",
         )
         self._connection.adapters.register_loader("text", RawText)
-        self._connection.execute(SETUP_SESSION, {"statement_timeout": f"{self._seconds:.0f}s"})
+        self._connection.execute(SETUP_SESSION, {"statement_timeout": f"{STATEMENT_SECONDS:.0f}s"})
         return self._connection
-
-    def _close(self) -> None:
-        with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
 
 
 class Database:
     """The sessions of one process: one that stores, some that read."""
 
     def __init__(self, conninfo: str, readers: int) -> None:
-        self.storing = Session(conninfo, STORE_SECONDS, Outage("storing"))
+        self.storing = Session(conninfo, Outage("storing"))
         outage = Outage("reading from the database")
-        self._readers = [Session(conninfo, READ_SECONDS, outage) for _ in range(readers)]
         self._free: LifoQueue[Session] = LifoQueue()  # the one used last is the one that is connected
-        for reader in self._readers:
-            self._free.put(reader)
+        for _ in range(readers):
+            self._free.put(Session(conninfo, outage))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
@@ -513,10 +498,6 @@ class Database:
             yield session
         finally:
             self._free.put(session)
-
-    def cut_hanging(self) -> None:
-        for session in (self.storing, *self._readers):
-            session.cut_if_hanging()
 
 
 # ---- Group commit ---------------------------------------------------------------------------------------------------
@@ -1027,7 +1008,6 @@ class Server:
         self._dispatcher.serve_quick()
         if time.monotonic() - self._looked_at > LOOP_SECONDS:
             self._looked_at = time.monotonic()
-            self._database.cut_hanging()
             self._commits.give_up_late()
             self._cut_off_stalled()
 
