@@ -922,13 +922,23 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             ticket.settled = lambda: self.server.add_task(self)
             self.server.commits.submit(ticket)
 
+    @property
+    def answers_in_one_piece(self) -> bool:
+        request = self.requests[0]
+        return not request.error and (request.command == "POST" or request.path == HEALTH)
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """Waits for a slow reader; never in the thread for large POSTs, nor in the loop, which would wait for itself.
+        No more is received from such a reader than came along with its POST."""
+        if not self.answers_in_one_piece:
+            super()._flush_outbufs_below_high_watermark()
+
 
 class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
     """Gives requests to threads, and small POSTs to the loop itself: a hand-over costs more than they do.
 
     Large POSTs have one thread for all: several would only take the interpreter's lock from one another, and a crowd
-    of them at once would take gigabytes. Neither that thread nor the loop ever waits for a reader: their answers are
-    single pieces, for connections that have taken all that was sent to them.
+    of them at once would take a gigabyte.
     """
 
     def __init__(self, threads: int) -> None:
@@ -940,7 +950,7 @@ class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
 
     def add_task(self, channel: Channel) -> None:
         request = channel.requests[0]
-        if request.error or channel.total_outbufs_len or not (request.command == "POST" or request.path == HEALTH):
+        if channel.total_outbufs_len or not channel.answers_in_one_piece:
             super().add_task(channel)
         elif not request.ticket and int(request.headers.get("CONTENT_LENGTH", 0)) > QUICK_BYTES:
             self._large.add_task(channel)

@@ -21,6 +21,7 @@ from harness import STORING_LOCK, Backend
 from waiting import wait_until
 
 SECONDS = 60
+PLAIN = {"Content-Type": "text/plain"}
 
 
 def connect(backend: Backend) -> socket.socket:
@@ -29,7 +30,13 @@ def connect(backend: Backend) -> socket.socket:
 
 
 def post(body: str, *headers: str, kind: str = "application/json") -> bytes:
-    head = ["POST /api/data HTTP/1.1", "Host: a", f"Content-Type: {kind}", f"Content-Length: {len(body)}", *headers]
+    head = [
+        "POST /api/data HTTP/1.1",
+        "Host: a",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body.encode())}",
+        *headers,
+    ]
     return ("\r\n".join(head) + f"\r\n\r\n{body}").encode()
 
 
@@ -83,24 +90,32 @@ def test_pipelined_requests_of_every_kind_get_their_own_answers_in_their_order(b
     assert len(stored) == sum((1, 51, 0, 0, 2)[n % 5] for n in range(count))
 
 
-def test_who_pipelines_and_reads_no_answer_holds_up_nobody_else(backend: Backend) -> None:
-    bad = "\\" * 80 + " GET / 200\n"  # escaped twice in the answer: 4 MB for a batch
-    batch = post("192.0.2.1 GET / 200\n" + bad * 9_999, kind="text/plain")
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("good", [0, 1], ids=["400", "201"])
+def test_who_pipelines_and_reads_no_answer_holds_up_nobody_else(backend: Backend, batches: int, good: int) -> None:
+    bad = "\U0001f600" * 80 + " GET / 200\n"  # 12 bytes each in the answer: 10 MB for a batch, more than buffers take
+    batch = post("192.0.2.1 GET / 200\n" * good + bad * 9_999, kind="text/plain")
+    large = "\n".join([f"192.0.2.3 GET /{'x' * 1000} 200"] * 10)
     address = urlsplit(backend.url)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(SECONDS)
         connection.connect((str(address.hostname), int(address.port or 0)))
-        connection.sendall(batch * 3 + post('{"log": "192.0.2.1 GET /behind 200"}') * 20)
-        wait_until(lambda: len(backend.records()) > 0, SECONDS, "the batch to be stored")
+        everything = batch * batches + post('{"log": "192.0.2.1 GET /behind 200"}') * 20
+        sender = threading.Thread(target=connection.sendall, args=[everything])
+        sender.start()
+        assert connection.recv(1, socket.MSG_PEEK)
         for n in range(20):
-            answer = requests.post(backend.data_url, json={"log": f"192.0.2.2 GET /{n} 200"}, timeout=10)
+            body = {"json": {"log": f"192.0.2.2 GET /{n} 200"}} if n % 2 else {"data": large}
+            answer = requests.post(backend.data_url, **body, headers=None if n % 2 else PLAIN, timeout=10)
             assert answer.status_code == 201
-        assert len(backend.records()) < 43  # what is behind the unread answers waits for its turn
-        answers = read_answers(connection, 23)
-    assert [status for status, _ in answers] == [201] * 23
-    assert [len(json.loads(body)["rejected"]) for _, body in answers[:3]] == [9_999] * 3
-    assert len(backend.records()) == 43
+        behind = sum(record["log"]["uri"] == "/behind" for record in backend.records())
+        assert behind == 0 or batches == 1  # nothing more is read from it, but what came along with the batch is served
+        answers = read_answers(connection, batches + 20)
+        sender.join()
+    assert [status for status, _ in answers] == [201 if good else 400] * batches + [201] * 20
+    assert [len(json.loads(body)["rejected"]) for _, body in answers[:batches]] == [9_999] * batches
+    assert len(backend.records()) == batches * good + 20 + 10 + 100
 
 
 def test_who_goes_away_before_the_commit_costs_nobody_an_answer(backend: Backend) -> None:
