@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial, partialmethod
 from pathlib import Path
-from queue import Empty, LifoQueue
+from queue import LifoQueue
 from typing import Annotated, Any, get_type_hints
 from urllib.parse import urlencode
 
@@ -65,7 +65,6 @@ MAX_LIMIT = 1_000_000
 CONNECT_SECONDS = 5
 KEEPALIVE_SECONDS = 60  # some networks drop without a word a connection that is silent for minutes
 EMBEDDED_START_SECONDS = 60.0  # the recovery from a crash may take long
-SLOT_SECONDS = 0.5  # a GET waits so long for one of the reading sessions; it holds a thread meanwhile
 STALL_SECONDS = 60  # a reader that takes no byte of its reply for so long is cut off
 SHUTDOWN_SECONDS = 5.0  # for the requests in hand after SIGTERM
 ANSWER_SECONDS = 1.0  # of these, to say 503 to who still waits for a commit
@@ -478,24 +477,20 @@ class Session:
 
 
 class Database:
-    """The sessions of one process: one that stores, some that read."""
+    """The sessions of one process: one that stores, and for each thread one that reads, if all read at once."""
 
-    def __init__(self, conninfo: str, readers: int) -> None:
+    def __init__(self, conninfo: str, threads: int) -> None:
         self.storing = Session(conninfo, Outage("storing"))
         outage = Outage("reading from the database")
         self._free: LifoQueue[Session] = LifoQueue()  # the one used last is the one that is connected
-        for _ in range(readers):
+        for _ in range(threads):
             self._free.put(Session(conninfo, outage))
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[Session]:
-        """One of the reading sessions, for as long as an export takes. Raises Unavailable if none gets free in time."""
+    def read(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Any:
+        """The first row. Raises Unavailable."""
+        session = self._free.get()
         try:
-            session = self._free.get(timeout=SLOT_SECONDS)
-        except Empty:
-            raise Unavailable("All places for reading are taken; ask again in a moment.") from None
-        try:
-            yield session
+            return session.query(sql, parameters)
         finally:
             self._free.put(session)
 
@@ -714,8 +709,9 @@ def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row], size: int
 class Api:
     """What is asked of the database: POST stores lines, GET returns windows of records."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, exports: int) -> None:
         self._database = database
+        self._places = threading.Semaphore(exports)  # each export of several parts holds a thread while it is read
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         """Called twice: to read the request, and when its lines are on disk or given up: see Channel."""
@@ -732,24 +728,23 @@ class Api:
         lines = request.client_prefers((JSON, NDJSON)) == NDJSON
         before, between, after = (b"", b"\n", b"\n") if lines else (b"[", b",\n", b"]\n")
         response.content_type = NDJSON if lines else JSON
-        with contextlib.ExitStack() as stack:
-            session = stack.enter_context(self._database.reading())
-            parts = read_parts(session, window, between.decode())
-            first, is_last, next_query = next(parts)
-            response.set_header("Link", f'<{request.path}?{next_query}>; rel="next"')
-            if is_last:
-                response.data = before + first + after if first or not lines else b""
-            elif request.env["SERVER_PROTOCOL"] == "HTTP/1.0":  # without chunks a break would look like the end
-                raise falcon.HTTPError(falcon.HTTP_505, description=NEEDS_HTTP_1_1)
-            else:
-                rest = (between + text for text, _, _ in parts if text)
-                response.stream = stream(before + first, rest, after, stack.pop_all())
+        parts = read_parts(self._database.read, window, between.decode())
+        first, is_last, next_query = next(parts)
+        if not is_last and request.env["SERVER_PROTOCOL"] == "HTTP/1.0":  # without chunks a break looks like the end
+            raise falcon.HTTPError(falcon.HTTP_505, description=NEEDS_HTTP_1_1)
+        if not is_last and not self._places.acquire(blocking=False):
+            raise Unavailable(f"All places for large exports are taken; ask again, or for limit={PART_ROWS} at most.")
+        response.set_header("Link", f'<{request.path}?{next_query}>; rel="next"')
+        if is_last:
+            response.data = before + first + after if first or not lines else b""
+        else:
+            rest = (between + text for text, _, _ in parts if text)
+            response.stream = stream(before + first, rest, after, self._places.release)
 
     def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
         """The database answers and has the schema."""
-        with self._database.reading() as session:
-            if not session.query(SCHEMA_READY)[0]:
-                raise Unavailable(NO_TABLES)
+        if not self._database.read(SCHEMA_READY)[0]:
+            raise Unavailable(NO_TABLES)
         response.data = b'{"ready": true}'
 
     def on_get_health(self, request: falcon.Request, response: falcon.Response) -> None:
@@ -787,7 +782,9 @@ def parse_window(query: Mapping[str, Any]) -> dict[str, Any]:
     return window
 
 
-def read_parts(session: Session, window: Mapping[str, Any], separator: str) -> Iterator[tuple[bytes, bool, str]]:
+def read_parts(
+    read: Callable[..., Any], window: Mapping[str, Any], separator: str
+) -> Iterator[tuple[bytes, bool, str]]:
     """The records of a window in parts, at least one: the text, whether it is the last, the query of what follows.
 
     The window's end is at most the newest record + 1 µs, below which nothing will ever be added, and what follows
@@ -795,14 +792,14 @@ def read_parts(session: Session, window: Mapping[str, Any], separator: str) -> I
     own that starts where the one before ended; none holds a snapshot for longer, and a lost connection is replaced.
     """
     parameters = {**window, "rows": PART_ROWS, "separator": separator}
-    [end] = session.query(WINDOW_END, parameters)
+    [end] = read(WINDOW_END, parameters)
     parameters["date_to"] = end
     if limit := window["limit"]:
-        count, limited_end = session.query(LIMITED_END, {**parameters, "rows": limit})
+        count, limited_end = read(LIMITED_END, {**parameters, "rows": limit})
         end = parameters["date_to"] = limited_end if count == limit else end
     is_last = False
     while not is_last:
-        count, parameters["date_from"], text = session.query(FETCH_PART, parameters)
+        count, parameters["date_from"], text = read(FETCH_PART, parameters)
         is_last = count < PART_ROWS or parameters["date_from"] == end
         yield text or b"", is_last, next_query(window, end)
 
@@ -815,20 +812,22 @@ def next_query(window: Mapping[str, Any], start: datetime) -> str:
     return urlencode({name: value for name, value in following.items() if value is not None}, safe=":")
 
 
-def stream(start: bytes, parts: Iterator[bytes], end: bytes, place: contextlib.ExitStack) -> Iterator[bytes]:
+def stream(start: bytes, parts: Iterator[bytes], end: bytes, done: Callable[[], None]) -> Iterator[bytes]:
     """The body of a large export, each part fetched while the one before is sent. If it cannot be finished, the chunked
     reply breaks off, which its reader notices."""
-    with place, ThreadPoolExecutor(1) as fetcher:
-        coming = fetcher.submit(next, parts, b"")
-        yield start
-        try:
+    try:
+        with ThreadPoolExecutor(1) as fetcher:
+            coming = fetcher.submit(next, parts, b"")
+            yield start
             while part := coming.result():
                 coming = fetcher.submit(next, parts, b"")
                 yield part
-        except Unavailable as error:
-            log.warning("an export broke off: %s", error.description)
-            raise ConnectionAbortedError from error
         yield end
+    except Unavailable as error:
+        log.warning("an export broke off: %s", error.description)
+        raise ConnectionAbortedError from error
+    finally:
+        done()
 
 
 class Files:
@@ -869,7 +868,7 @@ def create_app(database: Database, settings: Settings) -> falcon.App[Any, Any]:
     if settings.api_token:
         app.add_middleware(Authorization(settings.api_token))
     app.set_error_serializer(write_problem)
-    api = Api(database)
+    api = Api(database, exports=settings.threads // 2)  # the other threads are left for what is read at once
     page = Files(*sorted((HERE / "static/swagger-ui").iterdir(), key=lambda file: file.name != "index.html"))
     app.add_route("/api/data", api)
     app.add_route(HEALTH, api, suffix="health")
@@ -976,7 +975,7 @@ class Server:
     """waitress's server in a loop of our own, which also serves the quick requests and minds the time-outs."""
 
     def __init__(self, settings: Settings, conninfo: str, listener: socket.socket) -> None:
-        self._database = Database(conninfo, readers=settings.threads // 2)  # the other half says 503
+        self._database = Database(conninfo, settings.threads)
         self._commits = GroupCommit(self._database.storing)
         self._dispatcher = Dispatcher(settings.threads)
         self._looked_at = time.monotonic()
@@ -1022,7 +1021,7 @@ class Server:
             self._cut_off_stalled()
 
     def _cut_off_stalled(self) -> None:
-        """Those whose readers take nothing of a reply: each holds a thread, and maybe one of the reading sessions."""
+        """Those whose readers take nothing of a reply: each holds a thread, if it is a large export."""
         cutoff = time.time() - STALL_SECONDS  # waitress's clock
         for channel in self._channels():
             if channel.requests and channel.total_outbufs_len and channel.last_activity < cutoff:

@@ -144,10 +144,11 @@ def follow(settings: Settings, date_from: str, date_to: str = "") -> Iterator[by
             asked = date_from
             path = f"{address.path or '/'}?date_from={date_from}{window}"
             try:
-                for lines in whole_lines(ask(connection, path, settings.api_token)):
-                    check(lines, date_from)
-                    date_from = just_after(last_created(lines))
-                    yield lines
+                with ask(connection, path, settings.api_token) as response:
+                    for lines in whole_lines(response):
+                        check(lines, date_from)
+                        date_from = just_after(last_created(lines))
+                        yield lines
             except http.client.IncompleteRead:
                 connection.close()
                 if date_from == asked:
@@ -326,7 +327,8 @@ class SharedFile:
         """The last `created` of each earlier shared file in the folder: of the one that the position names, which may
         have a torn tail, and of those that are called FILE_NAME.something."""
         for entry in os.scandir(self._directory):
-            if entry.path == self.path or entry.name.endswith(COMPANIONS) or not entry.is_file(follow_symlinks=False):
+            companion = entry.name.endswith(COMPANIONS) and entry.inode() != named[1]
+            if entry.path == self.path or companion or not entry.is_file(follow_symlinks=False):
                 continue
             mend = identity(entry.stat()) == named
             if mend or is_part(entry.path, self.path):
@@ -372,7 +374,7 @@ class Exporter:
     """Fetches when it may, writes when it can. Nothing is fetched while it owns the turn."""
 
     def __init__(self, settings: Settings) -> None:
-        self.fetching = False  # what is in hand may be thrown away: it can be fetched again
+        self.ending = self.fetching = False  # a fetch may be interrupted: what was read can be read again
         self._settings = settings
         self._turn = Turn(settings.directory, settings.file_name)
         self._file = SharedFile(settings.directory, settings.file_name)
@@ -423,6 +425,8 @@ class Exporter:
     def _next_lines(self) -> bytes:
         self.fetching = True
         try:
+            if self.ending:
+                raise Interrupted
             return next(self._records)
         finally:
             self.fetching = False
@@ -526,6 +530,9 @@ def parts_in_order(directory: str, file_name: str) -> list[str]:
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?Z?"
 
 
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
 def catch_signals(exporter: Exporter) -> int:
     """A descriptor that can be read from once SIGTERM or SIGINT has come (the self-pipe trick): no lock is needed, as
     it would be for an Event. Only a fetch is interrupted, and only once; a write never is."""
@@ -534,11 +541,12 @@ def catch_signals(exporter: Exporter) -> int:
     signal.set_wakeup_fd(writing)
 
     def interrupt(*_: Any) -> None:
+        exporter.ending = True
         if exporter.fetching:
             exporter.fetching = False
             raise Interrupted
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, interrupt)
     return reading
 
@@ -579,6 +587,7 @@ def main(arguments: Sequence[str]) -> int:
     signals = catch_signals(exporter)  # before it says that it runs: from then on it ends by itself, with 0
     log.info("appending to %s from %s", os.path.join(settings.directory, settings.file_name), settings.url)
     run(exporter, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the interpreter's own end knows no handlers
     return 0
 
 

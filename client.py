@@ -524,4 +524,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # a second signal would kill the interpreter in its own end, which knows no handlers any more

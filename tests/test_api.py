@@ -929,6 +929,7 @@ def test_http_1_0_which_cannot_tell_a_break_from_the_end_gets_no_export_in_parts
     assert_raw_problem(refused, 505)
     assert b"HTTP/1.1" in refused
     assert b"limit=4000" in refused
+    assert b"\r\nLink: " not in refused
     answer = raw(large, f"GET /api/data?limit=4000 {head}".encode())
     assert b"\r\nContent-Length: " in answer
     assert answer.count(b'{"id":"') == 4_000

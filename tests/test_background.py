@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from fakes import NDJSON, Answer, FakeBackend, Reply, Request, post_lines, proxy_to, refusal, some_lines
-from harness import Backend, Service, count_lines, held, is_stopped, kill, peak_memory_bytes, read_records
+from harness import Backend, Service, count_lines, driver, held, is_stopped, kill, peak_memory_bytes, read_records
 from waiting import wait_until
 
 import background
@@ -185,6 +185,35 @@ def test_sigterm_does_not_wait_for_a_backend_whose_answer_trickles(
     fake.answer = fake.serve
     export(fake)
     assert_exported(fake, file)
+
+
+SIGNALLED_BEFORE_FETCHING = """
+import os, signal
+import background
+
+fetch, fetches = background.Exporter._fetch, []
+
+def signal_and_fetch(exporter):
+    fetches.append(exporter)
+    if len(fetches) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return fetch(exporter)
+
+background.Exporter._fetch = signal_and_fetch
+sys.exit(background.main([]))
+"""
+
+
+def test_a_signal_that_comes_right_before_a_fetch_is_not_missed(
+    fake: FakeBackend, start: Callable[..., Service], file: Path, tmp_path: Path
+) -> None:
+    fake.add(some_lines(10))
+    trickle = Reply(200, b"x" * 10_000, NDJSON, pause_seconds=0.2)  # for minutes
+    fake.answer = lambda request: fake.export(request) if len(fake.requests) < 3 else trickle
+    program = driver(tmp_path, "signalled.py", SIGNALLED_BEFORE_FETCHING)
+    exporter = start(program, URL=fake.data_url, DIRECTORY=file.parent, REQUEST_DELAY=20)
+    assert exporter.process.wait(60) == 0
+    exporter.wait_for_line(r"stopped; 10 records written, 0 left")
 
 
 def test_the_api_token_is_sent(fake: FakeBackend, export: StartExporter) -> None:
@@ -451,6 +480,23 @@ def test_a_part_may_be_compressed_and_another_file_may_get_its_inode(
     export(fake)
     assert_exported(fake, part, file)
     assert foreign.read_text() == "these are notes"
+
+
+@pytest.mark.parametrize("name", ["data.txt.1", "old", "old.lock"])
+def test_the_renamed_file_is_found_under_any_name_when_the_position_is_stale(
+    fake: FakeBackend, export: StartExporter, file: Path, name: str
+) -> None:
+    fake.add(some_lines(100))
+    assert_exported_and_ended(fake, export, file)
+    position = file.with_name("data.txt.position")
+    stale = position.read_bytes()
+    fake.add(some_lines(100, "more"))
+    assert_exported_and_ended(fake, export, file)
+    position.write_bytes(stale)  # as one leaves it who is killed between the flush and the position
+    part = file.rename(file.with_name(name))
+    fake.add(some_lines(100, "last"))
+    export(fake)
+    assert_exported(fake, part, file)
 
 
 def test_a_turn_does_not_fail_because_others_end_theirs_meanwhile(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

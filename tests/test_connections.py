@@ -165,36 +165,44 @@ def test_more_posts_than_threads_wait_for_a_commit_and_reading_goes_on(start_bac
     assert len(backend.records()) == 60
 
 
-def test_a_crowd_that_asks_while_all_places_for_reading_are_taken_holds_up_no_large_post(backend: Backend) -> None:
+def test_while_all_places_for_large_exports_are_taken_only_large_exports_are_refused(backend: Backend) -> None:
     lines = "".join(f"192.0.2.1 GET /{n}/{'x' * 900} 200\n" for n in range(9_000)).encode()
-    text = {"Content-Type": "text/plain"}
     for _ in range(2):
-        requests.post(backend.data_url, data=lines, headers=text, timeout=SECONDS)
+        requests.post(backend.data_url, data=lines, headers=PLAIN, timeout=SECONDS)
     done = threading.Event()
 
-    def ask() -> int:
-        """Again and again; how often all places were taken."""
-        taken = 0
+    def ask(query: str) -> set[int]:
+        """Again and again; the answers."""
+        statuses = set()
         with requests.Session() as session:
             while not done.is_set():
-                taken += session.get(f"{backend.data_url}?limit=5", timeout=SECONDS).status_code == 503
-        return taken
+                statuses.add(session.get(f"{backend.data_url}{query}", timeout=SECONDS).status_code)
+        return statuses
 
-    with ExitStack() as readers, ThreadPoolExecutor(200) as crowd:
+    with ExitStack() as readers, ThreadPoolExecutor(100) as crowd:
         for _ in range(16):
             reader = readers.enter_context(connect(backend))
             reader.sendall(b"GET /api/data HTTP/1.1\r\nHost: a\r\n\r\n")
             assert reader.recv(12) == b"HTTP/1.1 200"
-        refused = [crowd.submit(ask) for _ in range(200)]
         try:
-            wait_until(lambda: requests.get(f"{backend.data_url}?limit=5", timeout=SECONDS).status_code == 503, SECONDS)
+            small = [crowd.submit(ask, "?limit=5") for _ in range(80)]
+            large = [crowd.submit(ask, "") for _ in range(10)]
             for _ in range(3):
                 began = time.monotonic()
-                assert requests.post(backend.data_url, data=lines[:9_210], headers=text, timeout=SECONDS).ok
+                assert requests.post(backend.data_url, data=lines[:9_210], headers=PLAIN, timeout=SECONDS).ok
+                assert requests.get(f"{backend.url}/readyz", timeout=SECONDS).ok
                 assert time.monotonic() - began < 5
+            refused = requests.get(backend.data_url, timeout=SECONDS)
+            assert refused.status_code == 503
+            assert refused.headers["Retry-After"] == "1"
+            assert "limit=4000" in refused.json()["detail"]
+            assert "Link" not in refused.headers  # nothing was given, so nothing follows
         finally:
             done.set()
-        assert sum(one.result(SECONDS) for one in refused) > 200
+        assert set.union(*(one.result(SECONDS) for one in small)) == {200}
+        assert set.union(*(one.result(SECONDS) for one in large)) == {503}
+        readers.close()
+        wait_until(lambda: requests.get(backend.data_url, timeout=SECONDS).ok, what="a place")
 
 
 def test_continue_is_said_to_who_expects_it_and_the_answer_follows(backend: Backend) -> None:

@@ -1026,6 +1026,27 @@ def test_a_signal_that_interrupts_the_handler_of_another_one_ends_the_service_al
     assert service.process.wait(SECONDS) == 0
 
 
+@pytest.mark.parametrize(
+    ("script", "ready"),
+    [("backend.py", "listening on"), ("client.py", "delivering to"), ("background.py", "appending to")],
+)
+def test_signals_that_come_until_the_very_end_change_nothing(
+    start: Start, backend: Backend, shared: Path, journal: Path, script: str, ready: str
+) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "backend.py": {"HOST": "127.0.0.1", "BACKEND_PORT": 0, "DATABASE_URL": backend.database_url},
+        "client.py": {"URL": backend.data_url, "LOG_FILE": journal},
+        "background.py": {"URL": backend.data_url, "DIRECTORY": shared.parent},
+    }
+    for _ in range(3):
+        service = start(script, **settings[script])
+        service.wait_for_line(ready)
+        while service.process.poll() is None:
+            service.kill(signal.SIGTERM)
+            time.sleep(0.0005)
+        assert service.process.returncode == 0
+
+
 # ---- Refused lines --------------------------------------------------------------------------------------------------
 
 # kill -9 of the client right after a note in .rejected, before the position
