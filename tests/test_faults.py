@@ -982,6 +982,14 @@ def test_sigterm_of_the_backend_answers_what_it_has_stored_and_stores_what_it_ha
     assert len(stored) > 250
 
 
+def settings_of(name: str, backend: Backend, shared: Path, journal: Path) -> dict[str, Any]:
+    """What one more service beside this backend is started with."""
+    if name == "backend":
+        return {"HOST": "127.0.0.1", "BACKEND_PORT": 0, "DATABASE_URL": backend.database_url}
+    own = {"LOG_FILE": journal} if name == "client" else {"DIRECTORY": shared.parent}
+    return {"URL": backend.data_url, **own}
+
+
 # The same service; each call that its handler of SIGTERM makes is interrupted by a SIGINT
 INTERRUPTED = """
 import os
@@ -1014,32 +1022,21 @@ sys.exit(service.main({arguments}))
 def test_a_signal_that_interrupts_the_handler_of_another_one_ends_the_service_all_the_same(
     start: Start, backend: Backend, shared: Path, journal: Path, tmp_path: Path, name: str, arguments: str, ready: str
 ) -> None:
-    settings: dict[str, dict[str, Any]] = {
-        "backend": {"HOST": "127.0.0.1", "BACKEND_PORT": 0, "DATABASE_URL": backend.database_url},
-        "client": {"URL": backend.data_url, "LOG_FILE": journal},
-        "background": {"URL": backend.data_url, "DIRECTORY": shared.parent},
-    }
     program = driver(tmp_path, f"interrupted_{name}.py", INTERRUPTED.format(service=name, arguments=arguments))
-    service = start(program, **settings[name])
+    service = start(program, **settings_of(name, backend, shared, journal))
     service.wait_for_line(ready)
     service.kill(signal.SIGTERM)
     assert service.process.wait(SECONDS) == 0
 
 
 @pytest.mark.parametrize(
-    ("script", "ready"),
-    [("backend.py", "listening on"), ("client.py", "delivering to"), ("background.py", "appending to")],
+    ("name", "ready"), [("backend", "listening on"), ("client", "delivering to"), ("background", "appending to")]
 )
 def test_signals_that_come_until_the_very_end_change_nothing(
-    start: Start, backend: Backend, shared: Path, journal: Path, script: str, ready: str
+    start: Start, backend: Backend, shared: Path, journal: Path, name: str, ready: str
 ) -> None:
-    settings: dict[str, dict[str, Any]] = {
-        "backend.py": {"HOST": "127.0.0.1", "BACKEND_PORT": 0, "DATABASE_URL": backend.database_url},
-        "client.py": {"URL": backend.data_url, "LOG_FILE": journal},
-        "background.py": {"URL": backend.data_url, "DIRECTORY": shared.parent},
-    }
     for _ in range(3):
-        service = start(script, **settings[script])
+        service = start(f"{name}.py", **settings_of(name, backend, shared, journal))
         service.wait_for_line(ready)
         while service.process.poll() is None:
             service.kill(signal.SIGTERM)
