@@ -975,12 +975,12 @@ class Server:
     """waitress's server in a loop of our own, which also serves the quick requests and minds the time-outs."""
 
     def __init__(self, settings: Settings, conninfo: str, listener: socket.socket) -> None:
-        self._database = Database(conninfo, settings.threads)
-        self._commits = GroupCommit(self._database.storing)
+        database = Database(conninfo, settings.threads)
+        self._commits = GroupCommit(database.storing)
         self._dispatcher = Dispatcher(settings.threads)
         self._looked_at = time.monotonic()
         self._server = waitress.create_server(
-            create_app(self._database, settings),
+            create_app(database, settings),
             _dispatcher=self._dispatcher,
             sockets=[listener],
             connection_limit=CONNECTION_LIMIT,

@@ -179,14 +179,14 @@ def test_while_all_places_for_large_exports_are_taken_only_large_exports_are_ref
                 statuses.add(session.get(f"{backend.data_url}{query}", timeout=SECONDS).status_code)
         return statuses
 
-    with ExitStack() as readers, ThreadPoolExecutor(100) as crowd:
+    with ExitStack() as readers, ThreadPoolExecutor(200) as crowd:
         for _ in range(16):
             reader = readers.enter_context(connect(backend))
             reader.sendall(b"GET /api/data HTTP/1.1\r\nHost: a\r\n\r\n")
             assert reader.recv(12) == b"HTTP/1.1 200"
         try:
-            small = [crowd.submit(ask, "?limit=5") for _ in range(80)]
-            large = [crowd.submit(ask, "") for _ in range(10)]
+            small = [crowd.submit(ask, "?limit=5") for _ in range(180)]
+            large = [crowd.submit(ask, "") for _ in range(20)]
             for _ in range(3):
                 began = time.monotonic()
                 assert requests.post(backend.data_url, data=lines[:9_210], headers=PLAIN, timeout=SECONDS).ok
