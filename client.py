@@ -459,8 +459,9 @@ def read_answer(response: http.client.HTTPResponse, count: int) -> list[dict[str
             return list(answer["rejected"])
     elif response.status in (400, 413) and kind == "application/problem+json":
         problem = json.loads(body)
+        reason = problem["detail"]  # whatever has none is not the backend's
         if "rejected" not in problem:
-            return None if count > 1 else [{"index": 0, "reason": problem["detail"]}]
+            return None if count > 1 else [{"index": 0, "reason": reason}]
         if len(problem["rejected"]) == count:
             return list(problem["rejected"])
     elif response.status == 413 and count > 1:  # a proxy's limit

@@ -563,6 +563,7 @@ def test_an_outage_costs_no_line_and_two_lines_of_log(
     fake.answer = fake.serve
     assert_delivered(lines, journal, fake)
     assert client.end() == 0
+    assert [len(request.items) for request in fake.requests[:3]] == [40, 40, 40]
     assert len(own_lines(client)) == 2, own_lines(client)
     assert rejected(journal) == []
 
