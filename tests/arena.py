@@ -43,6 +43,7 @@ REST_SECONDS = 180.0  # until all must be at rest after the last strike
 SECONDS = 60.0  # for what takes one or two: the machine may be busy, and other faults may stand in the way
 CLIENTS, EXPORTERS, THREADS = 2, 4, 8
 WORKERS = (1, 2)  # of each backend
+OLD_POSTGRES = 16  # the version at the start; a fault moves the database to a younger cluster
 MIB = 1024**2
 
 # ---- Disks ----------------------------------------------------------------------------------------------------------
@@ -233,7 +234,8 @@ class Arena:
         self._started = itertools.count(1)
         self._removed = False
         atexit.register(self._sweep)  # runs after what pgserver registers, which makes a file in the folder once more
-        self.postgres = Postgres(folder / "postgres")
+        self._clusters: list[Postgres] = []
+        self.postgres = self._new_cluster(version=OLD_POSTGRES)
         self.url = self.postgres.create_logs()
         make_large(self.url)
         self.source = FollowedFile(folder / "access.log", self.journals[-1], seed)
@@ -275,6 +277,21 @@ class Arena:
 
     def _exporter(self, number: int) -> Callable[[], Service]:
         return lambda: Service("background.py", self.output(), **self.exporter_settings(number))
+
+    def move_database(self) -> None:
+        """Dump and restore into a cluster that is made for it. The backends are stopped, as nothing may write."""
+        new = self._new_cluster()
+        url = new.create_database()
+        restore = [str(new.programs / "psql"), "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", f"--dbname={url}"]
+        dump = subprocess.run([new.programs / "pg_dump", self.url], capture_output=True, check=True, timeout=SECONDS)
+        subprocess.run(restore, input=dump.stdout, capture_output=True, check=True, timeout=SECONDS)
+        make_large(url)
+        old, self.postgres, self.url = self.postgres, new, url
+        old.stop()
+
+    def _new_cluster(self, **version: int) -> Postgres:
+        self._clusters.append(Postgres(self.folder / f"postgres.{len(self._clusters)}", **version))
+        return self._clusters[-1]
 
     def files(self) -> list[Path]:
         """The shared file's parts, oldest first."""
@@ -334,9 +351,10 @@ class Arena:
     def destroy(self) -> None:
         for slot in (*self.clients, *self.exporters, *self.backends):
             slot.service.destroy()
-        if self.postgres.running:
-            self.postgres.resume()
-            self.postgres.stop()
+        for cluster in self._clusters:
+            if cluster.running:
+                cluster.resume()
+                cluster.stop()
 
     def keep(self) -> None:
         for disk in self.disks.values():
@@ -368,7 +386,7 @@ def make_large(url: str) -> None:
         connection.execute("ALTER TABLE logs SET (autovacuum_enabled = FALSE)")
         with connection.transaction():
             connection.execute(UNSEEN_ROWS, [15_000])
-            connection.execute("DELETE FROM logs")
+            connection.execute("DELETE FROM logs WHERE created < '2000-01-01Z'")
         row = connection.execute("SELECT pg_relation_size('logs')").fetchone()
         assert row is not None
         assert row[0] > 17 * MIB

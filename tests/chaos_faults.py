@@ -573,11 +573,11 @@ def crash_postgres(arena: Arena, strike: Strike) -> str:
 
 
 def kill_postgres(arena: Arena, strike: Strike) -> str:
-    return restart(arena, strike, arena.postgres.kill)
+    return restart(arena, strike, lambda: arena.postgres.kill())
 
 
 def restart_postgres(arena: Arena, strike: Strike) -> str:
-    return restart(arena, strike, arena.postgres.stop)
+    return restart(arena, strike, lambda: arena.postgres.stop())
 
 
 def restart(arena: Arena, strike: Strike, end: Callable[[], None]) -> str:
@@ -587,6 +587,18 @@ def restart(arena: Arena, strike: Strike, end: Callable[[], None]) -> str:
         pause(strike.seconds)
         arena.postgres.start()
         return f"{before} ended, {arena.postgres.pid} began"
+
+
+def move_postgres(arena: Arena, strike: Strike) -> str:
+    """The dump of the database is restored in a younger cluster, and the backends go on there."""
+    with arena.postgres_lock, ExitStack() as stack:
+        before = arena.postgres.pid
+        for slot in arena.backends:
+            stack.enter_context(slot.lock)
+            slot.end(signal.SIGTERM, 20)
+            stack.callback(slot.again)  # runs before the lock is released
+        arena.move_database()
+    return f"from {before} to {arena.postgres.pid}"
 
 
 def pause_postgres(arena: Arena, strike: Strike) -> str:
@@ -690,6 +702,7 @@ KINDS: dict[str, Fault] = {
     "kill -9 PostgreSQL": kill_postgres,
     "restart PostgreSQL": restart_postgres,
     "pause PostgreSQL": pause_postgres,
+    "dump and restore PostgreSQL": move_postgres,
     "use up PostgreSQL's connections": use_up_connections,
     "fill PostgreSQL's disk": fill_postgres,
     "hold a stamped transaction": hold_stamped_transaction,
