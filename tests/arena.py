@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import errno
 import itertools
@@ -232,8 +231,6 @@ class Arena:
         self.parts = 0  # of the shared file
         self.postgres_lock, self.shared_lock = threading.Lock(), threading.Lock()
         self._started = itertools.count(1)
-        self._removed = False
-        atexit.register(self._sweep)  # runs after what pgserver registers, which makes a file in the folder once more
         self._clusters: list[Postgres] = []
         self.postgres = self._new_cluster(version=OLD_POSTGRES)
         self.url = self.postgres.create_logs()
@@ -363,11 +360,7 @@ class Arena:
     def remove(self) -> None:
         for disk in self.disks.values():
             disk.remove()
-        self._removed = True
-
-    def _sweep(self) -> None:
-        if self._removed:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder)
 
 
 # Of 1.5 kB each, older than all others

