@@ -328,7 +328,8 @@ class SharedFile:
         have a torn tail, and of those that are called FILE_NAME.something."""
         for entry in os.scandir(self._directory):
             companion = entry.name.endswith(COMPANIONS) and entry.inode() != named[1]
-            if entry.path == self.path or companion or not entry.is_file(follow_symlinks=False):
+            ours = entry.path in (self.path, f"{self.path}.lock")  # the lock may have the inode of a part that is gone
+            if ours or companion or not entry.is_file(follow_symlinks=False):
                 continue
             mend = identity(entry.stat()) == named
             if mend or is_part(entry.path, self.path):

@@ -482,6 +482,18 @@ def test_a_part_may_be_compressed_and_another_file_may_get_its_inode(
     assert foreign.read_text() == "these are notes"
 
 
+def test_the_lock_file_may_get_the_inode_of_a_part_that_is_gone(file: Path) -> None:
+    created = "2026-01-01T00:00:00.000000Z"
+    turn = background.Turn(str(file.parent), file.name)
+    with turn.taken() as ours:
+        assert ours
+        status = os.stat(turn.path)
+        position = {"created": created, "device": status.st_dev, "inode": status.st_ino}
+        file.with_name("data.txt.position").write_text(json.dumps(position))
+        with background.SharedFile(str(file.parent), file.name).opened() as last:
+            assert last == created
+
+
 @pytest.mark.parametrize("name", ["data.txt.1", "old", "old.lock"])
 def test_the_renamed_file_is_found_under_any_name_when_the_position_is_stale(
     fake: FakeBackend, export: StartExporter, file: Path, name: str
