@@ -137,6 +137,8 @@ def test_several_instances_on_one_file_write_each_record_once_and_in_order(
             running[0].wait_for_line("appending")
             assert running.pop(0).end() == 0
     assert_exported(backend, file)
+    for instance in running:  # the others may have written all before the last one has begun
+        instance.wait_for_line("appending")
     assert [instance.end() for instance in running] == [0] * instances
 
 
