@@ -106,6 +106,13 @@ def stop_one_while_writing(fake: FakeBackend, lock: Path, services: list[Service
     return stop_while_writing(lock, services, lambda: fake.add(some_lines(200, f"f{len(fake.stored)}")))
 
 
+def answer_from_now_on(fake: FakeBackend, answer: Answer) -> None:
+    """Returns when the one instance that is at work has been answered otherwise for the last time."""
+    fake.answer = answer
+    known = len(fake.requests)
+    wait_until(lambda: len(fake.requests) > known, what="a request")
+
+
 # ---- What is written ----------------------------------------------------------------------------------------------
 
 
@@ -177,9 +184,9 @@ def test_sigterm_does_not_wait_for_a_backend_whose_answer_trickles(
     fake.add(some_lines(10))
     exporter = export(fake)
     assert_exported(fake, file)
-    fake.add(some_lines(10, "more"))
-    fake.answer = lambda request: Reply(200, fake.ndjson(request), NDJSON, pause_seconds=0.2)  # for minutes
+    answer_from_now_on(fake, lambda request: Reply(200, fake.ndjson(request), NDJSON, pause_seconds=0.2))
     sent = fake.bytes_sent
+    fake.add(some_lines(10, "more"))  # which takes minutes
     wait_until(lambda: fake.bytes_sent > sent + 5, what="some of the answer")
     assert exporter.end(60) == 0
     exporter.wait_for_line(r"stopped; 10 records written, 0 left")
@@ -655,9 +662,9 @@ def test_while_the_backend_is_away_or_false_nothing_is_written_and_two_lines_are
     instance = export(fake)
     assert_exported(fake, file)
     before = file.read_bytes()
+    answer_from_now_on(fake, lambda _: FALSE_REPLIES[kind](fake))
     fake.add(some_lines(10, "later"))
     known = len(fake.requests)
-    fake.answer = lambda _: FALSE_REPLIES[kind](fake)
     wait_until(lambda: len(fake.requests) > known + 4, what="five attempts")
     assert file.read_bytes() == before
     assert peak_memory_bytes(instance.pid) < 100 * MIB
