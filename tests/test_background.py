@@ -360,14 +360,20 @@ def test_kill_9_at_random_moments_of_a_catch_up_leaves_a_file_that_ends_whole_an
     dice = random.Random(5)
     post_lines(backend, some_lines(50_000, padding="p" * 800))
     torn = 0
+
+    def size() -> int:
+        return file.stat().st_size if file.exists() else 0
+
     for _ in range(8):
-        before = file.stat().st_size if file.exists() else 0
+        before = size()
         goal = before + dice.choice((0, 1, 100_000, 1_000_000, 2_000_000))
-        instance = export(backend)
-        wait_until(lock.exists, 20, "the lock file", poll=0)
-        wait_until(lambda: (file.stat().st_size if file.exists() else 0) >= goal, 20, "growth", poll=0)  # noqa: B023
-        assert instance.process.poll() is None
-        kill(instance)
+        with proxy_to(backend) as proxy:
+            proxy.cut_next(5_000_000, *[0] * 1000)  # more than the goal, and less than an eighth
+            instance = export(backend, URL=proxy.data_url)
+            wait_until(lambda: lock.exists() or size() > before, 20, "the lock file", poll=0)  # noqa: B023
+            wait_until(lambda: size() >= goal, 20, "growth", poll=0)  # noqa: B023
+            assert instance.process.poll() is None
+            kill(instance)
         torn += count_lines(file) > 0 and file.read_bytes()[-1:] != b"\n"
         assert count_lines(file) < 50_000, "the kill came too late"
     instance = export(backend)
