@@ -58,6 +58,8 @@ def test_a_followed_access_log_is_in_the_shared_file_line_by_line_in_its_order_a
             file.write(text)
         lines += more
         wait_until(lambda: count_lines(shared) >= n + 20, what=f"{n + 20} records in the shared file")  # noqa: B023
+    for exporter in exporters:  # one may have written all before the other has begun
+        exporter.wait_for_line("appending")
     assert [service.end() for service in (client, *exporters)] == [0, 0, 0]
 
     records = read_records(shared)
@@ -133,6 +135,8 @@ def test_two_clients_two_backends_and_four_exporters_agree_after_one_of_each_was
         rest = start("client.py", URL=proxies[n].data_url, LOG_FILE=journals[n], SOURCE="-")
         assert rest.process.wait(60) == 0
     wait_until(lambda: count_lines(shared) >= count_lines(*journals), 60, "all lines in the shared file", poll=0.1)
+    for exporter in exporters:
+        exporter.wait_for_line("appending")
     assert [service.end() for service in exporters] == [0] * 4
     both = tmp_path / "both.txt"
     both.write_bytes(b"".join(journal.read_bytes() for journal in journals))
