@@ -124,6 +124,7 @@ def test_two_clients_two_backends_and_four_exporters_agree_after_one_of_each_was
     kill(backends[0])
     kill(exporters[1])
     grown(300)  # through the other one
+    clients[0].wait_for_line("not delivered", 60)
     backends[0] = start_backend(DATABASE_URL=backends[1].database_url)
     proxies[0].upstream = backends[0].url
     exporters[1] = export(proxies[1].data_url)
