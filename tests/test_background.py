@@ -11,7 +11,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -447,7 +447,7 @@ def test_renaming_the_file_while_three_instances_write_and_are_killed_loses_and_
     feeding = threading.Event()
 
     def feed() -> None:
-        for n in range(1000):
+        for n in count():
             if feeding.is_set():
                 return
             post_lines(backend, some_lines(100, f"feed{n}"))
