@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from fakes import FakeBackend, fake_backend, some_lines
+from fakes import Answer, FakeBackend, Request, fake_backend, some_lines
 from harness import SERVICES, Postgres, Service, assert_same, backend_command, driver, is_stopped, read_records
 from sabotage import sabotaged
 from waiting import wait_until
@@ -80,9 +80,9 @@ def waits_for_lock(postgres: Postgres, thread: threading.Thread) -> bool:
 def client_killed_before_the_answer(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
     """kill -9 of a client whose POST was taken in and neither stored nor answered."""
     with fake_backend() as fake:
-        serve = hang_up(fake)
+        serve, unanswered = hang_up(fake)
         client = start("client.py", URL=fake.data_url, LOG_FILE=str(folder / "logs.txt"), SOURCE=source(folder, 50))
-        wait_until(lambda: len(fake.requests) > 0, 30, "a POST")
+        wait_until(lambda: unanswered, 30, "a POST that gets no answer")
         client.kill()
         client.process.wait(10)
         fake.answer = serve
@@ -207,10 +207,12 @@ def source(folder: Path, count: int) -> str:
     return str(folder / "source")
 
 
-def hang_up(fake: FakeBackend) -> Any:
-    """Requests are taken in and get no answer; what is to be set as `answer` to serve them again."""
-    serve, fake.answer = fake.answer, lambda request: None
-    return serve
+def hang_up(fake: FakeBackend) -> tuple[Answer, list[Request]]:
+    """Requests are taken in and get no answer. What is to be set as `answer` to serve again, and those whose lot is
+    decided: one that has only come in would still be served."""
+    unanswered: list[Request] = []
+    serve, fake.answer = fake.answer, unanswered.append
+    return serve, unanswered
 
 
 SCENARIOS: dict[str, Scenario] = {
