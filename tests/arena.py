@@ -166,26 +166,31 @@ class Slot:
 
 
 class FollowedFile:
-    """An access log that is written all the time: by a thread of its own, and by the faults that hold it."""
+    """An access log that is written all the time: by `writer`, a thread, and by the faults that hold it."""
 
     def __init__(self, path: Path, journal: Path, seed: int) -> None:
         self.path = path
         self.journal = journal  # of the client that follows it
         self.lines = 0
         self.refused: list[str] = []  # lines that the backend refuses for good
-        self.ended = threading.Event()
+        self.writer = threading.Thread(target=self._write, daemon=True)
+        self._ended = threading.Event()
         self._seed = seed
         self._begin = 0  # the lines before the file that is at the path now
         self._parts = 0
         self._lock = threading.Lock()
         path.touch()
 
-    def write(self) -> None:
-        """Appends lines until `ended`."""
+    def _write(self) -> None:
         dice = random.Random(self._seed)
-        while not self.ended.wait(0.05):
+        while not self._ended.wait(0.05):
             with self._lock:
                 self._append(dice.randrange(20))
+
+    def end(self) -> None:
+        """Returns when `writer` has written its last line."""
+        self._ended.set()
+        self.writer.join()
 
     def _append(self, count: int) -> None:
         numbers = range(self.lines, self.lines + count)
@@ -303,7 +308,7 @@ class Arena:
         def left() -> float:
             return max(1.0, deadline - time.monotonic())
 
-        self.source.ended.set()
+        self.source.end()
         wait_until(lambda: count_lines(self.journals[-1]) >= self.source.lines, left(), "the rest of the followed file")
         for slot, journal in zip(self.clients, self.journals, strict=True):
             assert slot.end(signal.SIGTERM, left()) == 0, slot.service.printed

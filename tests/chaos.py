@@ -59,7 +59,7 @@ class Run:
 
     def strike_all(self) -> None:
         """Each when it is due, several at a time if need be."""
-        threading.Thread(target=self._arena.source.write, daemon=True).start()
+        self._arena.source.writer.start()
         threads = []
         for strike in self._strikes:
             threading.Event().wait(max(0.0, strike.at - self._seconds()))
