@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from harness import Backend
+from waiting import POLL_SECONDS
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
@@ -228,7 +229,7 @@ class Proxy:
         self._doubles.extend(after_seconds)
 
     def delay_next(self, *seconds: float) -> None:
-        """The answers to the next POSTs come so much later."""
+        """The answers to the next POSTs come so much later, or not at all if their client has given up by then."""
         self._delays.extend(seconds)
 
     def close(self) -> None:
@@ -282,10 +283,11 @@ class Proxy:
         if client in self._posting:
             self._posting.discard(client)
             if (seconds := next_of(self._delays)) is not None:
-                threading.Event().wait(seconds)
+                deadline = time.monotonic() + seconds
                 try:
-                    client.sendall(b"")
-                    client.getpeername()
+                    while time.monotonic() < deadline:
+                        threading.Event().wait(POLL_SECONDS)
+                        client.getpeername()
                 except OSError:
                     self.late += 1
                     raise
