@@ -85,13 +85,16 @@ def saying(slots: Sequence[Slot], pattern: str) -> Callable[[], bool]:
 
 @contextmanager
 def shared_folder_struck(arena: Arena, pattern: str) -> Iterator[Callable[[], bool]]:
-    """One fault of the shared folder at a time; gives whether an exporter has said what is wrong. The next one waits
-    until an exporter is back: of an outage that goes on they say only how it began."""
+    """One fault of the shared folder at a time; gives whether an exporter has said what is wrong. It begins when one
+    has no outage: of one that goes on they say only how it began."""
     with arena.shared_lock:
-        said, back = saying(arena.exporters, pattern), saying(arena.exporters, "shared file: back after")
-        yield said
-        if said():
-            found(back, poll=0.1)
+        found(lambda: not all(map(has_outage, arena.exporters)), poll=0.1)
+        yield saying(arena.exporters, pattern)
+
+
+def has_outage(exporter: Slot) -> bool:
+    said = re.findall("background: shared file: (back after)?", exporter.service.printed)
+    return bool(said) and not said[-1]
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
