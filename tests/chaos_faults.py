@@ -419,7 +419,8 @@ def stop_in_turn(arena: Arena, strike: Strike) -> str:
 
 def spoil_export_position(arena: Arena, strike: Strike) -> str:
     content = spoilt(arena.file.with_name("data.txt.position"), strike)
-    replace(arena.file.with_name("data.txt.position"), content)
+    with arena.shared_lock:  # another fault may look whether the exporters leave the position as it is
+        replace(arena.file.with_name("data.txt.position"), content)
     return f"{content!r:.40}"
 
 
@@ -430,9 +431,9 @@ def bar_export_position(arena: Arena, strike: Strike) -> str:
         if not found(lambda: made(lambda: bar.mkdir()), poll=0.001):
             return ""
         try:
-            old, goal = position.read_bytes() if position.exists() else b"", count_lines(*arena.files()) + 20
+            old, goal = found(position.read_bytes, 0), (found(lambda: count_lines(*arena.files())) or 0) + 20
             struck = found(lambda: said() or count_lines(*arena.files()) > goal, poll=0.1)
-            proof = "it stayed" if struck and (not position.exists() or position.read_bytes() == old) else ""
+            proof = "it stayed" if struck and found(position.read_bytes, 0) in (old, None) else ""
         finally:
             bar.rmdir()
     return proof
