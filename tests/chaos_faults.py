@@ -482,11 +482,17 @@ def bar_lock(arena: Arena, strike: Strike) -> str:
     with shared_folder_struck(arena, "data.txt.lock is (no lock file of ours|not a regular file)") as said:
         if not found(lambda: made(make), poll=0.0005):
             return ""
+
+        def said_of_bar() -> bool:
+            with suppress(FileExistsError):  # another fault, which removes lock files, may have removed this one
+                made(make)
+            return said()
+
         try:
-            struck = found(said, poll=0.1)
+            struck = found(said_of_bar, poll=0.1)
             pause(strike.seconds)
         finally:
-            with suppress(FileNotFoundError):  # another fault removes lock files
+            with suppress(FileNotFoundError):
                 remove()
     return ("a directory" if strike.target % 2 else "a symbolic link") if struck else ""
 
