@@ -224,7 +224,8 @@ class Proxy:
     def double_next(self, *after_seconds: float) -> None:
         """Each of the next POSTs is sent once more, on a connection of its own, so many seconds after it has come.
 
-        Less than 0: the copy goes first, and is answered before the end of the original is passed on.
+        Less than 0: the copy goes first, and is answered before the end of the original is passed on. A copy that was
+        not stored, as the database is away, does not count: another POST is sent twice in its place.
         """
         self._doubles.extend(after_seconds)
 
@@ -299,7 +300,7 @@ class Proxy:
         elif request:
             request += data
         if request and is_whole(request) and (seconds := next_of(self._doubles)) is not None:
-            copy = threading.Thread(target=self._send_again, args=(bytes(request), max(0.0, seconds)), daemon=True)
+            copy = threading.Thread(target=self._send_again, args=(bytes(request), seconds), daemon=True)
             copy.start()
             if seconds < 0:
                 copy.join()
@@ -307,10 +308,13 @@ class Proxy:
 
     def _send_again(self, request: bytes, after_seconds: float) -> None:
         threading.Event().wait(after_seconds)
+        stored = False
         with suppress(OSError), self._connect() as connection:
             connection.sendall(request)
-            answered = connection.recv(65536)[:12] in (b"HTTP/1.1 201", b"HTTP/1.1 200")
-            self.doubled += answered  # nothing waits, nor is called, between reading the count and writing it
+            stored = connection.recv(65536)[:12] in (b"HTTP/1.1 201", b"HTTP/1.1 200")
+            self.doubled += stored  # nothing waits, nor is called, between reading the count and writing it
+        if not stored:
+            self._doubles.append(after_seconds)
 
 
 def next_of(pending: list[float]) -> float | None:
