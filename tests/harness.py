@@ -110,11 +110,12 @@ class Postgres:
         """Stops the cluster; mode "immediate" is its kill -9."""
         os.kill(self.pid, {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
         wait_until(
-            lambda: not (self._folder / "postmaster.pid").exists() or not self.running, 30, "the end of PostgreSQL"
+            lambda: not (self._folder / "postmaster.pid").exists() or not self.running, 120, "the end of PostgreSQL"
         )
 
     def kill(self) -> None:
         """kill -9 of the postmaster; returns when its sessions have noticed it and ended as well."""
+        stop(self.pid)  # it makes no more sessions, of which we would not know
         pids = self.pids
         os.kill(pids[0], signal.SIGKILL)
         wait_until(lambda: not any(map(is_running, pids)), 60, "the end of all processes of PostgreSQL")
