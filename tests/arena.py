@@ -39,7 +39,7 @@ from harness import (
 from waiting import wait_until
 
 REST_SECONDS = 180.0  # until all must be at rest after the last strike
-SECONDS = 60.0  # for what takes one or two: the machine may be busy, and other faults may stand in the way
+SECONDS = 120.0  # for what takes one or two: the machine may be busy, and other faults may stand in the way
 CLIENTS, EXPORTERS, THREADS = 2, 4, 8
 WORKERS = (1, 2)  # of each backend
 OLD_POSTGRES = 16  # the version at the start; a fault moves the database to a younger cluster

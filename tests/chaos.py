@@ -27,7 +27,7 @@ from chaos_faults import DISK_KINDS, KINDS, Strike
 from sabotage import sabotaged
 
 SECONDS_BETWEEN = 2.0  # strikes: 30 a minute
-FAULT_SECONDS = 180.0  # until the last fault must have ended: one may have to wait for others
+FAULT_SECONDS = 300.0  # until the last fault must have ended: one may have to wait for others
 LEAST_SHARE = 0.9  # of the planned strikes; the others found nothing to strike
 
 
