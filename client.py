@@ -274,23 +274,24 @@ class FollowedFile:
         """Moves one chunk of lines into the journal; False if there is nothing new. Raises OSError."""
         if self._file < 0:
             self._file, self._quiet_since = self._open(), float("inf")
-        if not self._goes_on(self._file):
-            log.warning("%s was truncated or replaced; reading it from its beginning", self._path)
-            self._offset = 0
         left = self._is_left()  # before the reading: what is written until then is read
         data = os.pread(self._file, CHUNK_BYTES, self._offset)
+        start = os.pread(self._file, HEAD_BYTES, 0) if self._offset else data[:HEAD_BYTES]
+        if not self._goes_on(self._file):  # after the reading: a truncated file may have grown past the offset by then
+            log.warning("%s was truncated or replaced; reading it from its beginning", self._path)
+            self._offset = 0
+            return True
         ended = left and b"\n" not in data
         lines, length = whole_lines(data, ended)
         if length:
-            self._move(lines, self._offset + length)
+            self._move(lines, self._offset + length, zlib.crc32(start[: self._offset + length]))
         elif ended:
             os.close(self._file)
             self._file, self._inode, self._offset = -1, 0, 0
         return length > 0 or ended
 
-    def _move(self, lines: Sequence[bytes], end: int) -> None:
+    def _move(self, lines: Sequence[bytes], end: int, head: int) -> None:
         inode = os.fstat(self._file).st_ino
-        head = zlib.crc32(os.pread(self._file, min(HEAD_BYTES, end), 0))
         self._journal.append(lines, {"inode": inode, "head": head, "offset": self._offset, "offset_after": end})
         self._inode, self._head, self._offset, self._quiet_since = inode, head, end, float("inf")
 

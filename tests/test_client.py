@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -311,6 +312,28 @@ def test_rotation_while_a_starting_client_looks_for_the_file_loses_nothing(
     assert followed.step()
     assert journal.read_text().splitlines() == lines[:20]
     wait_until(lambda: followed.step() and len(journal.read_text().splitlines()) > 20, what="the new file")
+    assert journal.read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(("known", "look"), [(True, 1), (True, 2), (True, 3), (False, 2), (False, 3)])
+def test_a_file_that_is_truncated_and_grows_while_it_is_looked_at_is_read_from_its_beginning(
+    monkeypatch: pytest.MonkeyPatch, source: Path, journal: Path, known: bool, look: int
+) -> None:
+    """All that was in it is read; then it is truncated and grows beyond that, before one of the looks at it."""
+    lines, looks, pread = some_lines(90), itertools.count(1), os.pread
+    write_lines(source, lines[:30])
+    followed = client.FollowedFile(str(source), client.open_journal(str(journal)))
+    if known:
+        assert followed.step()
+
+    def truncated_here(file: int, size: int, offset: int) -> bytes:
+        if next(looks) == look:
+            source.write_bytes("".join(f"{line}\n" for line in lines[30:]).encode())
+        return pread(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", truncated_here)
+    for _ in range(5):
+        followed.step()
     assert journal.read_text().splitlines() == lines
 
 
