@@ -1004,10 +1004,12 @@ class Server:
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         self._server.del_channel()
         self._server.socket.close()
-        while self._in_hand() and time.monotonic() < deadline:
-            self._step(0.05)
+        over = False
+        while self._in_hand() and not over:
+            over = time.monotonic() > deadline  # asked before the step: who is given up gets the answer, however late
             if time.monotonic() > deadline - ANSWER_SECONDS:
                 self._commits.give_up_late(0)
+            self._step(0.05)
         left = self._commits.close(max(0.0, deadline - time.monotonic()))
         log.info("stopped; %d requests and %d lines were left without an answer", self._in_hand(), left)
 
