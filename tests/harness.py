@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -295,18 +296,35 @@ class Service:
 
 
 class Backend(Service):
-    """A backend on a free port."""
+    """A backend on a free port, which stays its own until it is destroyed: it may be started there again."""
 
     def __init__(self, output: Path, database_url: str, **settings: str | int) -> None:
         self.database_url = database_url
-        wanted: dict[str, Any] = {"HOST": "127.0.0.1", "BACKEND_PORT": 0, "DATABASE_URL": database_url, **settings}
+        self._place = kept_port()
+        port = 0 if "HOST" in settings else self._place.getsockname()[1]  # it is one of 127.0.0.1
+        wanted: dict[str, Any] = {"HOST": "127.0.0.1", "BACKEND_PORT": port, "DATABASE_URL": database_url, **settings}
         super().__init__("backend.py", output, **wanted)
         self.url = self.wait_for_line(r"listening on (http://\S+)")[1]
         self.data_url = f"{self.url}/api/data"
 
+    def destroy(self) -> None:
+        super().destroy()
+        self._place.close()
+
     def records(self, query: str = "") -> list[dict[str, Any]]:
         with urllib.request.urlopen(f"{self.data_url}{query}", timeout=60) as response:
             return list(json.load(response))
+
+
+def kept_port() -> socket.socket:
+    """A port that nobody gets by chance while this is open, and on which connections are refused.
+
+    Who asks for this very port, with SO_REUSEADDR as servers do, can listen on it.
+    """
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.bind(("127.0.0.1", 0))
+    return place
 
 
 def kill(service: Service) -> None:

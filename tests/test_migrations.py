@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import uuid
@@ -16,7 +15,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import requests
-from harness import ROOT, Backend, Postgres, backend_command, clean_environment, new_postgres
+from harness import ROOT, Backend, Postgres, backend_command, clean_environment, kept_port, new_postgres
 from waiting import wait_until
 
 SECONDS = 60  # for one process on a busy machine
@@ -250,9 +249,11 @@ def test_a_backend_keeps_storing_while_its_database_is_upgraded(
     assert query(backend.database_url, "SELECT count(*) FROM logs") == [(20_000 + len(statuses),)]
 
 
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """Connections to it are refused."""
+    with kept_port() as place:
+        yield place.getsockname()[1]
 
 
 def command_without_database(command: str, **settings: str | int) -> subprocess.CompletedProcess[str]:
@@ -267,8 +268,10 @@ def command_without_database(command: str, **settings: str | int) -> subprocess.
 
 @pytest.mark.parametrize("command", ["migrate", "rollback"])
 @pytest.mark.parametrize("address", ["url", "parts", "hosts", "socket"])
-def test_an_unreachable_database_is_one_clear_line_without_the_password(command: str, address: str) -> None:
-    port = closed_port()
+def test_an_unreachable_database_is_one_clear_line_without_the_password(
+    command: str, address: str, closed_port: int
+) -> None:
+    port = closed_port
     settings: dict[str, str | int] = {
         "url": {"DATABASE_URL": f"postgresql://logs:hidden@127.0.0.1:{port}/logs"},
         "parts": {"DB_HOST": "127.0.0.1", "DB_PORT": port, "DB_PASS": "hidden"},
@@ -317,11 +320,11 @@ def store_and_read(backend: Backend) -> None:
 
 
 def test_of_several_hosts_the_one_that_takes_writes_is_found(
-    postgres: Postgres, start_backend: Callable[..., Backend]
+    postgres: Postgres, start_backend: Callable[..., Backend], closed_port: int
 ) -> None:
     name = postgres.create_database().split("@/")[1].split("?")[0]
     alive = quote(postgres.socket_folder, safe="")
-    url = f"postgresql://postgres@127.0.0.1:{closed_port()},{alive}/{name}?target_session_attrs=read-write"
+    url = f"postgresql://postgres@127.0.0.1:{closed_port},{alive}/{name}?target_session_attrs=read-write"
     migrate(url)
     store_and_read(start_backend(DATABASE_URL=url))
 
