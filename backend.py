@@ -1100,9 +1100,10 @@ def embedded_database() -> Iterator[str]:
         PostgresServer._lock.path = str(folder.with_suffix(".start"))  # else one in /tmp, of whoever came first there
         server = get_server(folder, cleanup_mode=None, start=False)
         deadline = time.monotonic() + EMBEDDED_START_SECONDS
-        while server._postmaster_info is None:
+        while True:
             try:
                 server.start()
+                break
             except (subprocess.SubprocessError, AssertionError, FileNotFoundError) as error:  # after 10 s of its own
                 if time.monotonic() > deadline:
                     raise OSError("the embedded PostgreSQL does not start; var/postgres/log has the reason") from error
