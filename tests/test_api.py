@@ -948,6 +948,7 @@ def test_a_reader_that_hangs_up_during_an_export_leaves_its_place_to_others(larg
         with closing(requests.get(large.data_url, stream=True, timeout=SECONDS)) as answer:
             next(answer.iter_content(1024))
     assert len(get(large, limit=10).json()) == 10
+    wait_until(lambda: get(large).status_code == 200, SECONDS, "a place for a large export")
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
