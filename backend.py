@@ -1106,7 +1106,7 @@ def embedded_database() -> Iterator[str]:
             try:
                 with server._lock:
                     if not (server.pgdata / "PG_VERSION").exists():
-                        make_cluster(server.pgdata, partial(get_server, cleanup_mode=None, start=False))
+                        make_cluster(PostgresServer, server.pgdata)
                 server.start()
                 break
             except (subprocess.SubprocessError, AssertionError, FileNotFoundError) as error:  # after 10 s of its own
@@ -1121,13 +1121,13 @@ def embedded_database() -> Iterator[str]:
                 server.stop()
 
 
-def make_cluster(folder: Path, get_server: Callable[[Path], Any]) -> None:
-    """Makes the files of a PostgreSQL beside their folder, an empty one, and renames them when they are whole: where
-    initdb was killed, nothing is taken for a database. Raises OSError and SubprocessError."""
+def make_cluster(server: Callable[..., Any], folder: Path) -> None:
+    """Makes a PostgreSQL's files beside their folder, which is empty, and renames them when they are whole: what a
+    killed initdb has left is never taken for a database. Raises OSError and SubprocessError."""
     for left in folder.parent.glob(f"{folder.name}.new-*"):
         shutil.rmtree(left, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=folder.parent))
-    get_server(new).ensure_pgdata_inited()
+    server(new, cleanup_mode=None).ensure_pgdata_inited()
     new.rename(folder)
     parent = os.open(folder.parent, os.O_RDONLY)
     os.fsync(parent)  # else a power cut might take the name back, and the lines that were acknowledged meanwhile
