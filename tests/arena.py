@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +32,7 @@ from harness import (
     count_lines,
     is_running,
     journal_ids,
+    kept_port,
     line_of,
     read_records,
 )
@@ -241,7 +241,8 @@ class Arena:
         self.url = self.postgres.create_logs()
         make_large(self.url)
         self.source = FollowedFile(folder / "access.log", self.journals[-1], seed)
-        self.ports = [free_port() for _ in WORKERS]
+        self._places = [kept_port() for _ in WORKERS]
+        self.ports = [place.getsockname()[1] for place in self._places]
         self.backends = [Slot(self._backend(n)) for n in range(len(WORKERS))]
         self.proxies = [Proxy(f"http://127.0.0.1:{port}") for port in self.ports]
         self.clients = [Slot(self._client(n)) for n in range(CLIENTS + 1)]
@@ -411,8 +412,3 @@ def same(wanted: dict[str, str], found: dict[str, str], left: str, right: str) -
             f"{right} lacks {len(missing)} lines of the {left} ({missing[:3]}), has {len(surplus)} others"
             f" ({surplus[:3]}), and {len(other)} differ ({other[:3]})"
         )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

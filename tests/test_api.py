@@ -8,14 +8,14 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 from urllib.parse import urlencode, urljoin, urlsplit
 
 import psycopg
 import pytest
 import requests
-from harness import Backend, Postgres, Service, backend_command, line_of
+from harness import Backend, Postgres, Service, backend_command, kept_port, line_of
 from waiting import wait_until
 
 LINE = "1.2.3.4 GET https://domain.com/example/ab 200"
@@ -87,14 +87,13 @@ def raw(backend: Backend, data: bytes, half_close: bool = False) -> bytes:
     address = urlsplit(backend.url)
     with socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=SECONDS) as connection:
         answer = b""
-        try:
+        with suppress(ConnectionError):  # it may close while we are still sending; what came before counts
             connection.sendall(data)
             if half_close:
                 connection.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionError):
             while part := connection.recv(65536):
                 answer += part
-        except ConnectionError:
-            pass  # closed while we were still sending; what came before counts
         return answer
 
 
@@ -1076,25 +1075,20 @@ def test_without_origins_no_page_elsewhere_sees_anything(backend: Backend) -> No
 # ---- Without a database ---------------------------------------------------------------------------------------------
 
 
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 Unready = dict[str, tuple[Backend, "Future[requests.Response]"]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def unready(start_here: Callable[..., Backend], postgres: Postgres) -> Unready:
+def unready(start_here: Callable[..., Backend], postgres: Postgres) -> Iterator[Unready]:
     """Backends whose database is away, or has no tables, and each one's answer to a POST.
 
     That takes ten seconds, hence `autouse`: other tests run in the meantime.
     """
-    pool = ThreadPoolExecutor()
-    away = start_here(f"postgresql://logs:hidden@127.0.0.1:{closed_port()}/logs")
-    empty = start_here(postgres.create_database())
-    pair = {"away": away, "empty": empty}
-    return {state: (backend, pool.submit(post, backend, {"log": LINE})) for state, backend in pair.items()}
+    with kept_port() as place, ThreadPoolExecutor() as pool:
+        away = start_here(f"postgresql://logs:hidden@127.0.0.1:{place.getsockname()[1]}/logs")
+        empty = start_here(postgres.create_database())
+        pair = {"away": away, "empty": empty}
+        yield {state: (backend, pool.submit(post, backend, {"log": LINE})) for state, backend in pair.items()}
 
 
 @pytest.mark.parametrize("state", ["away", "empty"])
