@@ -491,6 +491,8 @@ def test_nobody_writes_beside_an_instance_stopped_in_mid_write_and_if_it_is_kill
     half = shared.read_bytes()
     assert half[-1:] != b"\n"
     others = [start("background.py", **settings) for _ in range(3)]
+    for other in others:
+        other.wait_for_line("appending to")
     fake.add(some_lines(1000, "more"))
     cursor, known = fake.records()[-1]["created"], len(fake.requests)
     wait_until(
