@@ -653,7 +653,7 @@ def test_with_two_backends_and_a_clock_set_back_who_stamps_early_and_commits_lat
     early_line = "192.0.2.1 GET /early 200"
     with clock_set_back(backends[0].database_url) as watcher:
         grow(shared, 200)
-        assert seconds_behind(watcher) > 0.1
+        wait_until(lambda: seconds_behind(watcher) > 0.1, SECONDS, "a clock that is behind")
         with psycopg.connect(backends[0].database_url) as early:
             early.execute(
                 "SELECT store_logs(ARRAY[%s]::uuid[], '{192.0.2.1}', '{GET}', '{/early}', '{200}')", [str(uuid.uuid4())]
