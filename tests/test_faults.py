@@ -96,6 +96,12 @@ def assert_exported(records: list[dict[str, Any]], *shared: Path) -> None:
     assert read_records(*shared) == records
 
 
+def end_of_turn(fake: FakeBackend) -> None:
+    """Waits until the only exporter, which is in its turn, polls again: it has closed the lock file that it removed."""
+    known = len(fake.requests)
+    wait_until(lambda: len(fake.requests) > known, SECONDS, "a poll after the turn")
+
+
 def store_many(url: str, count: int) -> None:
     """So many records straight into the table, a microsecond apart."""
     with psycopg.connect(url) as connection:
@@ -687,6 +693,7 @@ def test_a_full_disk_for_the_exporters_position_alone_holds_up_nothing_and_makes
     fake.add(some_lines(1000))
     instance = start(program, **settings)
     assert_exported(fake.records(), file)
+    end_of_turn(fake)
     with held(disk.path / "data.txt.lock"):
         disk.fill_names()
         known = position.read_bytes()
@@ -715,7 +722,7 @@ def test_a_full_disk_under_the_shared_file_or_for_its_lock_is_waited_for_and_lea
     program = disk.program(tmp_path, "background.py")
     instance = start(program, URL=fake.data_url, DIRECTORY=disk.folder, REQUEST_DELAY=20)
     assert_exported(fake.records(), file)
-    wait_until(lambda: not (disk.path / "data.txt.lock").exists(), what="the end of its turn")
+    end_of_turn(fake)
     if what == "room":
         disk.fill(left_bytes=3 * 4096)
     else:
