@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from harness import ROOT, children_of
 from waiting import wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = shutil.ignore_patterns(".*", "var", "artifacts", "__pycache__")
 START_SECONDS = 60.0
 END_SECONDS = 10.0
@@ -59,8 +59,9 @@ class Run:
         return lines_of(self.folder / "var/logs.txt")
 
     def parts(self, script: str) -> list[int]:
-        """The process ids of the parts that run that script, the oldest first."""
-        return [pid for pid, command in sorted(self.processes().items()) if script in command.split("\0")]
+        """The process ids of the parts that run that script; not those of a part's own workers."""
+        children = children_of(self.process.pid)
+        return [pid for pid, command in self.processes().items() if pid in children and script in command.split("\0")]
 
     def processes(self) -> dict[int, str]:
         """Whatever of this folder's runs is alive, also PostgreSQL; process ids and command lines."""
