@@ -93,6 +93,10 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
+    def wait_for_all_parts(self) -> None:
+        """It says how to stop it when the last one has been started, which may be after the first records."""
+        wait_until(lambda: "Ctrl-C" in self.output, START_SECONDS, "the start of all parts")
+
     def wait_for_records(self, more_than: int) -> None:
         def there() -> bool:
             assert self.process.poll() is None, f"the run has ended: {self.output}"
@@ -171,6 +175,7 @@ def test_lines_come_out_and_the_screen_says_where_and_how_many(start_run: StartR
 
 def test_ctrl_c_ends_all_processes_in_ten_seconds_and_the_next_run_goes_on(start_run: StartRun) -> None:
     first = start_run()
+    first.wait_for_all_parts()
     first.wait_for_records(50)
     assert len(first.parts("client.py")) == 1
     assert len(first.parts("background.py")) == 2
