@@ -137,9 +137,10 @@ def assert_each_line_is_there_once(run: Run) -> None:
 
 
 def assert_no_process_is_left(run: Run) -> None:
-    """PostgreSQL removes its pid file, for which the backend waits, a moment before its own end: hence the second."""
+    """All have ended, PostgreSQL but for its last step: before it goes the pid file, for which the backend waits."""
+    assert not (run.folder / "var/postgres/postmaster.pid").exists()
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: not run.processes(), 1, "the end of all processes")
+        wait_until(lambda: not run.processes(), END_SECONDS, "the end of all processes")
     assert run.processes() == {}
 
 
