@@ -45,6 +45,7 @@ StartBackend = Callable[..., Backend]
 SECONDS = 120
 ANSWER_SECONDS = 12  # the backend's own 10 s, and 2 for a busy machine
 OUTAGE_SECONDS = 35  # longer than each wait for an answer: the client's is 30 s
+CONNECTIONS = 30  # of the victim
 MIB = 1024**2
 LINE = "192.0.2.1 GET /a 200"
 CONFIRMED: list[str] = []  # ids of lines that were posted here and answered 201
@@ -62,7 +63,7 @@ def victim() -> Iterator[Postgres]:
     """A PostgreSQL with few connections that the tests of this file may ill-treat."""
     with new_postgres() as cluster:
         with psycopg.connect(cluster.url("postgres"), autocommit=True) as connection:
-            connection.execute("ALTER SYSTEM SET max_connections = 30")
+            connection.execute(f"ALTER SYSTEM SET max_connections = {CONNECTIONS}".encode())
         cluster.stop()
         cluster.start()
         yield cluster
@@ -172,19 +173,17 @@ def test_while_postgresql_is_out_of_connections_requests_are_told_to_come_again_
         watcher = stack.enter_context(psycopg.connect(victim.url("postgres"), autocommit=True))
 
         def take_all() -> bool:
-            """Ends the backend's sessions and takes what is free, the superuser's places too; if none was left."""
+            """Ends the backend's sessions and takes what is free, the superuser's places too; if all are ours."""
             watcher.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'log-pipeline'"
             )
-            taken = len(connections)
             with suppress(psycopg.OperationalError):
                 while True:
                     connections.append(stack.enter_context(psycopg.connect(victim.url("postgres"))))
-            return len(connections) == taken
+            return len(connections) + 1 == CONNECTIONS  # with the watcher's
 
         connections: list[psycopg.Connection[Any]] = []
         stop(under_load.pid)  # or it would take a place again
-        wait_until(take_all, SECONDS, "some connections", poll=0.5)
         wait_until(take_all, SECONDS, "all connections", poll=0.5)
         under_load.kill(signal.SIGCONT)
         assert_refused(under_load)
