@@ -47,7 +47,7 @@ ANSWER_SECONDS = 12  # the backend's own 10 s, and 2 for a busy machine
 OUTAGE_SECONDS = 35  # longer than each wait for an answer: the client's is 30 s
 CONNECTIONS = 30  # of the victim
 MIB = 1024**2
-LINE = "192.0.2.1 GET /a 200"
+LINE = f"192.0.2.1 OPTIONS /{'a' * 32} 200"  # no client's line takes more room
 CONFIRMED: list[str] = []  # ids of lines that were posted here and answered 201
 BACKLOG = """
 INSERT INTO logs (id, created, ip, method, uri, status_code)
