@@ -19,6 +19,7 @@ import subprocess
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -62,10 +63,10 @@ StartBackend = Callable[..., Backend]
 SECONDS = 60  # for what takes one or two: the machine may be busy
 WAITING_TO_STORE = """
 SELECT pid
-  FROM pg_stat_activity
- WHERE datname = current_database()
-   AND wait_event_type = 'Lock'
-   AND wait_event = 'advisory'
+  FROM pg_locks
+ WHERE locktype = 'advisory'
+   AND NOT granted
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def test_an_export_that_ends_before_its_end_is_not_taken_for_a_whole_one(
         else:
             victim.stop("immediate")
         with pytest.raises(requests.exceptions.ChunkedEncodingError):  # what any HTTP library says of a cut reply
-            received.extend(itertools.chain.from_iterable(pieces))
+            deque(map(received.extend, pieces))
     if what == "database":
         victim.start()
         wait_until(lambda: requests.get(f"{backend.data_url}?limit=1", timeout=SECONDS).ok, SECONDS, "its return")

@@ -43,8 +43,7 @@ Start = Callable[..., Service]
 StartBackend = Callable[..., Backend]
 
 SECONDS = 120
-ANSWER_SECONDS = 14  # the backend's own 10 s, and 4 for a busy machine; who waits for PostgreSQL twice needs longer
-QUICK_SECONDS = 5  # room for a stall of 3 s; who waits for PostgreSQL or for a silent reader needs longer
+ANSWER_SECONDS = 12  # the backend's own 10 s, and 2 for a busy machine
 OUTAGE_SECONDS = 35  # longer than each wait for an answer: the client's is 30 s
 CONNECTIONS = 30  # of the victim
 MIB = 1024**2
@@ -117,7 +116,7 @@ def healthy(backend: Backend) -> bool:
     answer = Answer("GET", f"{backend.url}/api/health")
     assert answer.reply is not None, answer
     assert answer.reply.status_code == 200, answer
-    assert answer.seconds < QUICK_SECONDS, answer
+    assert answer.seconds < 2, answer
     return True
 
 
@@ -320,12 +319,12 @@ def test_40_readers_who_open_a_large_export_and_do_not_read_hold_up_nobody_and_a
             answer = Answer("POST", data_url, json={"log": LINE})
             assert answer.reply is not None, answer
             assert answer.reply.status_code == 201, answer
-            assert answer.seconds < QUICK_SECONDS, answer
+            assert answer.seconds < 5, answer
             small = Answer("GET", f"{data_url}?limit=5")
             assert small.reply is not None, small
             assert len(small.reply.json()) == 5, small
-            assert small.seconds < QUICK_SECONDS, small
-            assert Answer("GET", f"{address}/api/health").seconds < QUICK_SECONDS
+            assert small.seconds < 5, small
+            assert Answer("GET", f"{address}/api/health").seconds < 2
 
         cut_off = "cut off 127.0.0.1: it took nothing of its reply"
         wait_until(lambda: backend.printed.count(cut_off) >= 16, SECONDS, "the end of all who hold a place")
@@ -349,7 +348,8 @@ def test_40_readers_who_open_a_large_export_and_do_not_read_hold_up_nobody_and_a
 
 
 SLOW_REQUESTS = (
-    b"POST /api/data HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Length: 20\r\n\r\n" + LINE.encode(),
+    b"POST /api/data HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\n"
+    + f"Content-Length: {len(LINE)}\r\n\r\n{LINE}".encode(),
     b"GET /api/data?limit=1 HTTP/1.1\r\nHost: a\r\n\r\n",
 )
 
