@@ -70,6 +70,12 @@ def assert_delivered(lines: list[str], journal: Path, backend: Backend | FakeBac
     assert [line_of(record) for record in records] == lines
 
 
+def wait_until_acknowledged(journal: Path) -> None:
+    """All its lines are stored, or noted in .rejected: the position is moved last."""
+    position = Path(f"{journal}.position")
+    wait_until(lambda: position.exists() and str(journal.stat().st_size) in position.read_text(), what="the position")
+
+
 def rejected(journal: Path) -> list[dict[str, str]]:
     file = journal.with_name(f"{journal.name}.rejected")
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -158,6 +164,7 @@ def test_a_line_that_can_never_be_stored_is_in_rejected_once_with_the_reason_and
     client = follow()
     records = wait_for_records(backend, 2001)
     assert [line_of(record) for record in records] == [*good, "192.0.2.7 GET /after 200"]
+    wait_until_acknowledged(journal)
     notes = rejected(journal)
     wanted = [line.decode(errors="backslashreplace") for line in bad]
     assert [note["log"] for note in notes[: len(bad)]] == wanted
@@ -174,6 +181,7 @@ def test_a_line_that_can_never_be_stored_is_in_rejected_once_with_the_reason_and
     follow()
     wait_until(lambda: '"/last"' in json.dumps(backend.records()), what="the last line", poll=0.1)
     assert len(backend.records()) == 2002
+    wait_until_acknowledged(journal)
     assert rejected(journal) == notes
 
 
@@ -182,10 +190,12 @@ def test_an_endless_line_without_a_line_feed_does_not_hold_up_what_follows_it(
 ) -> None:
     source.write_bytes(b"x" * 300_000)
     follow()
-    wait_until(lambda: rejected(journal), what="a piece of the long line in .rejected")
+    wait_until_acknowledged(journal)
+    assert rejected(journal)
     append(source, "", *(lines := some_lines(100)))
     records = wait_for_records(backend, 100)
     assert [line_of(record) for record in records] == lines
+    wait_until_acknowledged(journal)
     assert "".join(note["log"] for note in rejected(journal)) == "x" * 300_000
 
 
