@@ -504,9 +504,9 @@ def test_a_lost_stale_or_broken_position_file_makes_no_copy(
     lines = some_lines(100)
     write_lines(source, lines[:60])
     client = start("client.py", URL=fake.data_url, LOG_FILE=journal, SOURCE=source)
-    file = journal.with_name("logs.txt.position")
-    wait_until(lambda: file.exists() and str(journal.stat().st_size) in file.read_text(), what="the position")
+    wait_until_acknowledged(journal)
     kill(client)
+    file = journal.with_name("logs.txt.position")
     posts = len(fake.requests)
     if position is None:
         file.unlink()
@@ -715,7 +715,6 @@ def test_an_answer_that_never_comes_is_not_waited_for_beyond_the_time_out(
     wait_until(lambda: len(fake.requests) >= 2, 60, f"a second attempt; it printed:\n{client.printed}")
     assert fake.requests[1].items[0] == fake.requests[0].items[0]
     assert_delivered(some_lines(40), journal, fake)
-    position = journal.with_name("logs.txt.position")
-    wait_until(lambda: str(journal.stat().st_size) in position.read_text(), what="the acknowledgement")
+    wait_until_acknowledged(journal)
     assert client.end() == 0
     assert rejected(journal) == []
