@@ -270,10 +270,10 @@ class Proxy:
                     left = self._pending.pop(0)
                 if left is not None and len(data) > left:
                     target.sendall(data[:left])
-                    self.cuts += 1
                     break
                 target.sendall(data)
                 left = None if left is None else left - len(data)
+        self.cuts += left is not None  # also where the client was gone before that
         self._posting.discard(source)
         for end in (source, target):
             with suppress(OSError):
