@@ -211,19 +211,33 @@ def test_lines_appended_to_a_followed_file_arrive(
     assert client.end() == 0
 
 
+LEAVING_ON_SIGNAL = """
+import signal
+import client
+
+seconds, client.ROTATED_SECONDS = client.ROTATED_SECONDS, float("inf")
+signal.signal(signal.SIGUSR1, lambda *_: setattr(client, "ROTATED_SECONDS", seconds))
+client.main()
+"""
+
+
 def test_rotation_by_rename_loses_nothing_also_of_what_is_still_written_to_the_renamed_file(
-    follow: Callable[..., Service], backend: Backend, source: Path, journal: Path
+    start: Start, backend: Backend, source: Path, journal: Path, tmp_path: Path
 ) -> None:
     lines = some_lines(90)
     write_lines(source, lines[:30])
-    follow()
+    settings = {"URL": backend.data_url, "LOG_FILE": journal, "SOURCE": source}
+    client = start(driver(tmp_path, "leaving.py", LEAVING_ON_SIGNAL), **settings)
     assert_delivered(lines[:30], journal, backend)
     with source.open("a") as writer:
         renamed = source.rename(source.with_suffix(".1"))
         write_lines(source, lines[60:75])
-        for line in lines[30:60]:
-            writer.write(line + "\n")
-            writer.flush()
+        for n in (30, 45):
+            for line in lines[n : n + 15]:
+                writer.write(line + "\n")
+                writer.flush()
+            assert_delivered(lines[: n + 15], journal, backend)
+    client.kill(signal.SIGUSR1)  # its 2 seconds count from here: this writer is not late, however slow the machine
     assert_delivered(lines[:75], journal, backend)
     append(source, *lines[75:])
     assert_delivered(lines, journal, backend)
