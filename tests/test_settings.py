@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from harness import ROOT, Backend, Postgres, Service, clean_environment, read_records
+from harness import ROOT, Backend, Postgres, Service, clean_environment, count_lines, read_records
 from waiting import wait_until
 
 import backend as backend_module
@@ -166,7 +166,9 @@ def test_the_background_takes_quoted_and_spaced_values_and_empty_ones_as_default
     service = start("background.py", **{**dict.fromkeys(names_of("background"), ""), **settings})
     start("client.py", URL=backend.data_url, REQUEST_DELAY_LIMIT=" 20 ")
     file = tmp_path / "shared" / "data.txt"
-    wait_until(lambda: file.exists() and read_records(file), SECONDS, f"records in {file}; {service.printed}")
+    wait_until(lambda: count_lines(file), SECONDS, f"records in {file}; {service.printed}")
+    assert service.end() == 0  # until then it may be in the middle of a write
+    assert read_records(file)
 
 
 # ---- The env files --------------------------------------------------------------------------------------------------
