@@ -16,21 +16,25 @@ Start = Callable[..., Service]
 # Twice from the first step on: what an empty folder asks for, and what the killed ones left
 STEPS = [*range(1, 26), *range(1, 41)]
 
-# The service as it is, but it kills itself at its KILL_AT-th step; of a write only one half is done then.
+# Whose turn it is among the client's threads varies, so some run is killed at each of these by name
+CLIENT_STEPS = ("open", "flock", "pread", "write", "fsync", "replace", "request", "getresponse")
+
+# The service as it is, but it kills itself at its KILL_AT-th step, or step of that name; of a write only one half is
+# done then.
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import fcntl, http.client, os, signal
 import SERVICE as service
 
-left = int(os.environ["KILL_AT"])
+left, only = int(os.environ["KILL_AT"]), os.environ.get("KILL_IN", "")
 
 def watch(owner, name, halve=False):
     real = getattr(owner, name)
     def step(*arguments, **options):
         global left
-        left -= 1
-        if left == 0:
+        left -= only in ("", name)
+        if left == 0 and only in ("", name):
             if halve:
                 real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
             print("killed at", name, flush=True)
@@ -114,16 +118,17 @@ def test_a_client_killed_at_any_step_loses_and_repeats_nothing(
         settings: dict[str, object] = {"URL": fake.data_url, "LOG_FILE": journal, "REQUEST_DELAY_LIMIT": 5}
         if mode == "followed":
             settings["SOURCE"] = source
-        for number, step in enumerate(STEPS):
+        kills = [*((step, "") for step in STEPS), *((1, name) for name in CLIENT_STEPS)]
+        for number, (step, name) in enumerate(kills):
             with source.open("a") as file:
                 file.write("\n".join(some_lines(20, tag=f"s{number}")) + "\n")
-            died.append(killed_at(start(program, KILL_AT=step, **settings)))
+            died.append(killed_at(start(program, KILL_AT=step, KILL_IN=name, **settings)))
         if mode == "followed":
             client = start("client.py", **settings)
             client.wait_for_line("delivering to")
-            wait_until(lambda: journal.read_bytes().count(b"\n") >= 20 * len(STEPS), 30, "the rest of the source")
+            wait_until(lambda: journal.read_bytes().count(b"\n") >= 20 * len(kills), 30, "the rest of the source")
             assert client.end() == 0
             assert journal.read_text() == source.read_text()
         assert start("client.py", **(settings | {"SOURCE": "-"})).process.wait(30) == 0
         assert_same(journal, fake.records())
-    assert set(died) >= {"open", "flock", "pread", "write", "fsync", "replace", "request", "getresponse"}
+    assert set(died) >= set(CLIENT_STEPS)
