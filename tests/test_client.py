@@ -102,7 +102,7 @@ def test_each_of_several_threads_posts(fake: FakeBackend, tmp_path: Path) -> Non
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import client\n"
         "sys.addaudithook(lambda event, _: event == 'http.client.send' and print(threading.get_ident(), flush=True))\n"
-        "client.Courier.deliver_always = lambda _: None  # has all turns where the backend is slower than new lines are\n"
+        "client.Courier.deliver_always = lambda _: None  # on a slow backend it has all turns\n"
         "client.main()\n"
     )
     settings = {"URL": fake.data_url, "LOG_FILE": tmp_path / "log", "THREADS_AMOUNT": 4, "REQUEST_DELAY_LIMIT": 100}
