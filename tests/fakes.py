@@ -268,12 +268,16 @@ class Proxy:
                     self._double(source, data, request)
                 if replies and left is None and self._pending:
                     left = self._pending.pop(0)
-                if left is not None and len(data) > left:
-                    target.sendall(data[:left])
+                cut = left is not None and len(data) > left
+                try:
+                    target.sendall(data[:left] if cut else data)
+                except OSError:  # its reader has gone, which cuts it as well
+                    self.cuts += left is not None
+                    raise
+                if cut:
+                    self.cuts += 1
                     break
-                target.sendall(data)
                 left = None if left is None else left - len(data)
-        self.cuts += left is not None  # also where the client was gone before that
         self._posting.discard(source)
         for end in (source, target):
             with suppress(OSError):
