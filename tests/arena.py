@@ -357,7 +357,7 @@ class Arena:
         for cluster in self._clusters:
             if cluster.running:
                 cluster.resume()
-                cluster.stop()
+                cluster.stop("immediate")
 
     def keep(self) -> None:
         for disk in self.disks.values():

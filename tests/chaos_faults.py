@@ -628,14 +628,25 @@ def pause_postgres(arena: Arena, strike: Strike) -> str:
 
 
 def use_up_connections(arena: Arena, strike: Strike) -> str:
-    with arena.postgres_lock, ExitStack() as stack:
-        try:
-            for _ in range(200):
-                stack.enter_context(psycopg.connect(arena.url))
-        except psycopg.OperationalError as error:
+    said = ""
+    with arena.postgres_lock:
+        with ExitStack() as stack:
+            try:
+                for _ in range(200):
+                    stack.enter_context(psycopg.connect(arena.url))
+            except psycopg.OperationalError as error:
+                said = str(error)
             pause(strike.seconds)
-            return "too many clients" if "too many clients" in str(error) else ""
-    return ""
+        wait_until(lambda: connects(arena.url), SECONDS, "a free connection")  # the next fault may need one
+    return "too many clients" if "too many clients" in said else ""
+
+
+def connects(url: str) -> bool:
+    try:
+        psycopg.connect(url).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 def fill_postgres(arena: Arena, strike: Strike) -> str:

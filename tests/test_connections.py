@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -188,10 +187,9 @@ def test_while_all_places_for_large_exports_are_taken_only_large_exports_are_ref
             small = [crowd.submit(ask, "?limit=5") for _ in range(180)]
             large = [crowd.submit(ask, "") for _ in range(20)]
             for _ in range(3):
-                began = time.monotonic()
                 assert requests.post(backend.data_url, data=lines[:9_210], headers=PLAIN, timeout=SECONDS).ok
                 assert requests.get(f"{backend.url}/readyz", timeout=SECONDS).ok
-                assert time.monotonic() - began < 5
+            assert "cut off" not in backend.printed  # all 16 are there still: nobody has waited for one of them
             refused = requests.get(backend.data_url, timeout=SECONDS)
             assert refused.status_code == 503
             assert refused.headers["Retry-After"] == "1"

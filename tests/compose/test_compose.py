@@ -26,9 +26,10 @@ SETTLE_SECONDS = 60
 
 KILL = """
 import os, signal, sys
+from contextlib import suppress
 for entry in os.listdir("/proc"):
     if entry.isdigit():
-        with open(f"/proc/{entry}/cmdline") as file:
+        with suppress(FileNotFoundError), open(f"/proc/{entry}/cmdline") as file:  # a health check ends by itself
             if file.read().split("\\0")[1:2] == sys.argv[1:]:
                 os.kill(int(entry), signal.SIGKILL)
 """
