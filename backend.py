@@ -1104,7 +1104,7 @@ def embedded_database() -> Iterator[str]:
         deadline = time.monotonic() + EMBEDDED_START_SECONDS
         while True:
             try:
-                with server._lock:
+                with server._lock, contextlib.suppress(OSError):  # where none can be renamed, start() makes it in place
                     if not (server.pgdata / "PG_VERSION").exists():
                         make_cluster(PostgresServer, server.pgdata)
                 server.start()
@@ -1124,11 +1124,15 @@ def embedded_database() -> Iterator[str]:
 def make_cluster(server: Callable[..., Any], folder: Path) -> None:
     """Makes a PostgreSQL's files beside their folder, which is empty, and renames them when they are whole: what a
     killed initdb has left is never taken for a database. Raises OSError and SubprocessError."""
-    for left in folder.parent.glob(f"{folder.name}.new-*"):
+    prefix = f"{folder.name}.initdb-"
+    for left in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=folder.parent))
-    server(new, cleanup_mode=None).ensure_pgdata_inited()
-    new.rename(folder)
+    new = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        server(new, cleanup_mode=None).ensure_pgdata_inited()
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)  # if it is there still
     parent = os.open(folder.parent, os.O_RDONLY)
     os.fsync(parent)  # else a power cut might take the name back, and the lines that were acknowledged meanwhile
     os.close(parent)

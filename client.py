@@ -127,7 +127,7 @@ class Journal:
         self.size = self.source["journal"]
         os.ftruncate(self._file, self.size)
         os.fsync(self._file)
-        head = self.source["head"] if self.source["offset"] >= HEAD_BYTES else 0  # else it is one of more than was read
+        head = self.source.get("head_before", 0)  # that of what was read before these lines
         self.source |= {"offset_after": self.source["offset"], "journal_after": self.size, "head": head}
         write_state(f"{self.path}.source", self.source)
 
@@ -292,7 +292,8 @@ class FollowedFile:
 
     def _move(self, lines: Sequence[bytes], end: int, head: int) -> None:
         inode = os.fstat(self._file).st_ino
-        self._journal.append(lines, {"inode": inode, "head": head, "offset": self._offset, "offset_after": end})
+        heads = {"head_before": self._head, "head": head}
+        self._journal.append(lines, {"inode": inode, **heads, "offset": self._offset, "offset_after": end})
         self._inode, self._head, self._offset, self._quiet_since = inode, head, end, float("inf")
 
     def _open(self) -> int:
@@ -458,6 +459,8 @@ def read_answer(response: http.client.HTTPResponse, count: int) -> list[dict[str
         answer = json.loads(body)
         if answer["accepted"] + answer["duplicates"] + len(answer["rejected"]) == count:
             return list(answer["rejected"])
+    elif response.status == 413 and count > 1:  # a proxy's limit will do
+        return None
     elif response.status in (400, 413) and kind == "application/problem+json":
         problem = json.loads(body)
         reason = problem["detail"]  # whatever has none is not the backend's
@@ -465,8 +468,6 @@ def read_answer(response: http.client.HTTPResponse, count: int) -> list[dict[str
             return None if count > 1 else [{"index": 0, "reason": reason}]
         if len(problem["rejected"]) == count:
             return list(problem["rejected"])
-    elif response.status == 413 and count > 1:  # a proxy's limit
-        return None
     raise ValueError(f"answer {response.status}: {' '.join(body[:300].decode(errors='replace').split())}")
 
 

