@@ -67,7 +67,7 @@ test-compose: $(TEST_READY) ## Test the containers, from the client's journal to
 	@$(VENV)/bin/python -m pytest tests/compose $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(TEST_READY) ## Faults and backlogs that take their time: 8 minutes
+test-slow: $(TEST_READY) ## Faults and backlogs that take their time: 7 minutes
 	@$(VENV)/bin/python -m pytest tests/slow $(ARGS)
 
 .PHONY: chaos
