@@ -367,7 +367,7 @@ def test_a_file_that_is_truncated_and_grows_while_it_is_looked_at_is_read_from_i
 
     def truncated_here(file: int, size: int, offset: int) -> bytes:
         if next(looks) == look:
-            source.write_bytes("".join(f"{line}\n" for line in lines[30:]).encode())
+            write_lines(source, lines[30:])
         return pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", truncated_here)
@@ -391,7 +391,7 @@ def test_a_file_whose_lines_were_taken_back_and_that_was_truncated_is_read_from_
         with pytest.raises(OSError, match="killed"):
             followed.step()
     os.close(killed._file)
-    source.write_bytes("".join(f"{line}\n" for line in lines[1:]).encode())
+    write_lines(source, lines[1:])
     followed = client.FollowedFile(str(source), client.open_journal(str(journal)))
     for _ in range(3):
         followed.step()
@@ -410,7 +410,7 @@ def test_a_file_that_was_truncated_or_replaced_by_a_shorter_one_is_read_from_its
     if not running:
         assert client.end() == 0
     if how == "truncated":
-        source.write_bytes("".join(f"{line}\n" for line in lines[50:]).encode())
+        write_lines(source, lines[50:])
     else:
         write_lines(source.with_suffix(".new"), lines[50:])
         source.with_suffix(".new").replace(source)

@@ -271,18 +271,17 @@ def command_without_database(command: str, **settings: str | int) -> subprocess.
 def test_an_unreachable_database_is_one_clear_line_without_the_password(
     command: str, address: str, closed_port: int
 ) -> None:
-    port = closed_port
     settings: dict[str, str | int] = {
-        "url": {"DATABASE_URL": f"postgresql://logs:hidden@127.0.0.1:{port}/logs"},
-        "parts": {"DB_HOST": "127.0.0.1", "DB_PORT": port, "DB_PASS": "hidden"},
-        "hosts": {"DATABASE_URL": f"postgresql://logs:hidden@127.0.0.1:{port},127.0.0.1:{port}/logs"},
+        "url": {"DATABASE_URL": f"postgresql://logs:hidden@127.0.0.1:{closed_port}/logs"},
+        "parts": {"DB_HOST": "127.0.0.1", "DB_PORT": closed_port, "DB_PASS": "hidden"},
+        "hosts": {"DATABASE_URL": f"postgresql://logs:hidden@127.0.0.1:{closed_port},127.0.0.1:{closed_port}/logs"},
         "socket": {"DATABASE_URL": "postgresql://logs:hidden@/logs?host=/nowhere"},
     }[address]  # type: ignore[assignment]
     done = command_without_database(command, **settings)
     assert done.returncode == 1
     assert done.stdout == ""
     [line] = done.stderr.splitlines()
-    assert "/nowhere" in line if address == "socket" else str(port) in line
+    assert "/nowhere" in line if address == "socket" else str(closed_port) in line
     assert "hidden" not in line
 
 
