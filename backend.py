@@ -420,23 +420,31 @@ STAMP_CONSTRAINTS = ("logs_created_key", "logs_created_range")
 STAMP_ADVICE = "see the newest rows (SELECT * FROM logs ORDER BY created DESC LIMIT 10) and the server's clock"
 
 SCHEMA_READY = """
-SELECT to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL,
-       (SELECT extract(epoch FROM max(created) - clock_timestamp())::float8 FROM logs)
+SELECT to_regprocedure('store_logs_v2(uuid[],inet[],text[],text[],smallint[])') IS NOT NULL
+       AND to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL
 """
+SECONDS_AHEAD = "SELECT seconds_ahead_v1()"
 
-# Everything below the newest record is final: see migrations/0002.create-store-logs.sql.
-WINDOW_END = "SELECT window_end_v1(%(date_from)s, %(date_to)s)"
+# Everything below the newest record is final: see migrations/0004.create-store-logs-v2.sql.
+WINDOW_END = "SELECT window_end_v1(%(date_from)s::timestamptz, %(date_to)s::timestamptz)"
 
+# Both look at a bounded number of rows, and say where to go on; at date_to the window is over.
 COUNT_PART = """
 SELECT count, next_from
-  FROM count_part_v1(%(date_from)s, %(date_to)s, %(method)s, %(status_code)s, %(ip)s, %(rows)s)
+  FROM count_part_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           %(rows)s::integer
+       )
 """
-
 # PostgreSQL writes the JSON, Python passes it on.
 READ_PART = """
 SELECT count, next_from, bytes, part
-  FROM read_part_v1(%(date_from)s, %(date_to)s, %(method)s, %(status_code)s, %(ip)s, %(rows)s, %(separator)s,
-                    %(bytes)s)
+  FROM read_part_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           %(rows)s::integer, %(separator)s::text, %(bytes)s::integer
+       )
 """
 
 NO_ANSWER = "The database does not answer; nothing was confirmed. Send the same request again."
@@ -815,6 +823,8 @@ def read_post(request: falcon.Request, kind: str) -> Ticket:
         text = request.bounded_stream.read().decode(errors="strict" if kind == JSON else "surrogateescape")
     except UnicodeDecodeError as error:
         raise BadRequest(f"The body is not valid UTF-8 at byte {error.start}.") from None
+    except OSError as error:  # a body on disk
+        raise Unavailable(f"This server could not keep the body ({error.strerror}); nothing was stored.") from error
     if kind == PLAIN:
         check_batch_size(text.count("\n") + (not text.endswith("\n")) if text else 0)
         return read_batch(text.removesuffix("\n").split("\n"), parse_line)  # nothing but a line feed ends a line
@@ -1007,15 +1017,11 @@ class Window:
         return end  # type: ignore[no-any-return]
 
     def _read_part(self) -> tuple[int, bytes]:
-        """The next records; fewer at a time where they are long, and more again where they are not."""
-        while True:
-            count, start, size, text = self._read(READ_PART, {**self._parameters, "rows": self._rows})
-            if text is not None or not count:
-                break
-            self._rows = max(1, int(min(self._rows, count) * PART_BYTES / size / 2))
+        """The next records. Where they are long, a part has fewer: the server would have to find that out each time."""
+        count, start, size, text = self._read(READ_PART, {**self._parameters, "rows": self._rows})
         self._parameters["date_from"] = start
-        if size < PART_BYTES / 4:
-            self._rows = min(PART_ROWS, self._rows * 2)
+        if count:
+            self._rows = max(1, min(PART_ROWS, count * PART_BYTES // size))
         return count, text or b""
 
 
@@ -1141,11 +1147,11 @@ class Api:
 
     def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
         """The database answers and has the schema."""
-        ready, ahead_seconds = self._database.read(SCHEMA_READY)
-        if not ready:
+        if not self._database.read(SCHEMA_READY)[0]:
             raise Unavailable(NO_TABLES)
+        [ahead_seconds] = self._database.read(SECONDS_AHEAD)
         answer: dict[str, Any] = {"ready": True}
-        if (ahead_seconds or 0) > AHEAD_SECONDS:
+        if ahead_seconds > AHEAD_SECONDS:
             answer["warning"] = f"`created` is {describe_lead(ahead_seconds)}"
         response.data = json.dumps(answer).encode()
 
@@ -1311,6 +1317,10 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         if self.error is not None:
             self.expect_continue = False
         return taken
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a full disk, where what is thrown away should have been written
+            super().close()
 
     def refuse(self, error: Refusal) -> None:
         self.close()
@@ -1515,7 +1525,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         while start < len(data) and not self.requests and not self._is_held_up:
             request = self.request = self.request or Request(self.adj)
             end = len(data) if request.headers_finished else start + HEAD_PIECE_BYTES  # the parser copies it
-            start += request.received(data[start:end])
+            try:
+                start += request.received(data[start:end])
+            except OSError as error:  # a body that goes to disk
+                log.warning("no room for the body of a request: %s", error.strerror)
+                request.refuse(Refusal(falcon.HTTP_503, "this server has no room for its body; send it again"))
             if request.completed:
                 self.request = None
                 self.requests += [] if request.empty else [request]
@@ -1724,32 +1738,34 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         """One turn of the loop."""
         events = self._epoll.poll(0 if self._quick or self._changed else seconds)
         for descriptor, flags in events:
-            self._handle(self._map.get(descriptor), flags)
+            part = self._map.get(descriptor)
+            if isinstance(part, Channel):
+                self._guarded(self._handle, part, flags)
+            elif part is not None:
+                waitress.wasyncore.readwrite(part, flags)
         self._woken = False  # before the queues are emptied: who adds to them from now on wakes the loop
         for _ in range(len(self._quick)):
-            self._serve(self._quick.popleft())
+            self._guarded(Channel.service, self._quick.popleft())
         for _ in range(len(self._changed)):
-            self.attend(self._changed.popleft())
+            self._guarded(self.attend, self._changed.popleft())
         now = time.monotonic()
         if now - self._ticked_at > LOOP_SECONDS:
             self._ticked_at = now
             self._tick(now)
 
-    def _handle(self, part: Any, flags: int) -> None:
-        if isinstance(part, Channel):
-            if flags & select.EPOLLIN and not part.readable():
-                flags &= ~select.EPOLLIN
-                self._watch(part, exactly=True)
-            waitress.wasyncore.readwrite(part, flags)
-            self.attend(part)
-        elif part is not None:
-            waitress.wasyncore.readwrite(part, flags)
+    def _handle(self, channel: Channel, flags: int) -> None:
+        if flags & select.EPOLLIN and not channel.readable():
+            flags &= ~select.EPOLLIN
+            self._watch(channel, exactly=True)
+        waitress.wasyncore.readwrite(channel, flags)
+        self.attend(channel)
 
-    def _serve(self, channel: Channel) -> None:
+    def _guarded(self, action: Callable[..., None], channel: Channel, *arguments: Any) -> None:
+        """What goes wrong with one connection is the end of that one only."""
         try:
-            channel.service()
+            action(channel, *arguments)
         except Exception:
-            log.exception("serving a request failed")
+            log.exception("a connection failed")
             channel.handle_close()
 
     def attend(self, channel: Channel) -> None:
