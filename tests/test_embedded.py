@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from waiting import wait_until
 
-import backend
+import embedded
 
 
 class KilledError(BaseException):
@@ -23,12 +23,12 @@ class KilledError(BaseException):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the database of a checkout in tmp_path is."""
-    monkeypatch.setattr(backend, "HERE", tmp_path)
+    monkeypatch.setattr(embedded, "HERE", tmp_path)
     return tmp_path / "var/postgres"
 
 
 def assert_usable() -> None:
-    with backend.embedded_database() as conninfo, psycopg.connect(conninfo) as connection:
+    with embedded.embedded_database() as conninfo, psycopg.connect(conninfo) as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
@@ -41,7 +41,7 @@ def test_a_first_start_that_was_killed_half_way_is_made_up_for(folder: Path, mon
     with monkeypatch.context() as patched:
         patched.setattr(package, "pgexec", killed)
         patched.setattr(shutil, "rmtree", Mock())  # nobody clears up after kill -9
-        with pytest.raises(KilledError), backend.embedded_database():
+        with pytest.raises(KilledError), embedded.embedded_database():
             pass
     assert_usable()
     assert [path.name for path in folder.parent.glob("postgres*/")] == ["postgres"]
@@ -64,7 +64,7 @@ def test_a_database_that_is_still_starting_is_waited_for(folder: Path, monkeypat
         tries.append(None)
         start(server)
 
-    with backend.embedded_database(), ThreadPoolExecutor() as pool:
+    with embedded.embedded_database(), ThreadPoolExecutor() as pool:
         state = folder / "postmaster.pid"
         overwrite(state, "ready   ", "starting")  # as it is during a long recovery
         monkeypatch.setattr(package.PostgresServer, "_instances", {})  # as for another process

@@ -45,12 +45,13 @@ MOMENTS = [
     "2026-11-23", "2026-11-23T18:43", "2026-11-23 18:43:46", "2026-11-23t18:43:46.610595z", "2024-02-29", "2000-02-29",
     "2026-11-23T18:43:46.123456789012+05:30", "2026-11-23T18:43:46-0530", "2026-11-23T23:59:59 23:59", "1000-01-01",
     "9999-12-31T23:59:59.999999-23:59", "1000-01-01T00:00+23:59", "0", "-1", "1767225600", "9999999999.999999", "-0.5",
+    "20261123.0", "20261323", "202613", "1899", "-2026",
 ]  # fmt: skip
 NO_MOMENTS = [
     "", " ", "now", "2026-11", "2026-11-23T", "2026-11-23T18", "2026-W48-1", "2026-11-31", "2026-13-01",
     "2023-02-29", "1900-02-29", "2026-00-10", "2026-11-00", "0999-01-01", "2026-11-23T24:00", "2026-11-23T18:60",
     "2026-11-23T18:43:60", "2026-11-23T18:43:46.", "2026-11-23T18:43:46+24:00", "2026-11-23T18:43:46+05:60",
-    "2026-11-23T18:43:46+5", "2026-11-23Z", "12345678901", "1e9", "1.", ".5", "--1", "+1", "\uff12026-11-23",
+    "2026-11-23T18:43:46+5", "2026-11-23Z", "12345678901", "2026", "202611", "20261123", "19700101", "1e9", "1.", ".5", "--1", "+1", "\uff12026-11-23",
 ]  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_the_document_and_the_backend_know_the_same_characters_in_each_field(pla
 
 def test_the_document_has_every_route_and_the_backend_has_every_path() -> None:
     unused: Any = None  # nothing is asked, so no database is needed
-    inspected = falcon.inspect.inspect_app(service.create_app(unused, service.Settings()))
+    inspected = falcon.inspect.inspect_app(service.create_app(unused, unused, service.Settings()))
     routes = {
         (route.path, method.method)
         for route in inspected.routes
@@ -98,6 +99,7 @@ def test_the_document_has_every_route_and_the_backend_has_every_path() -> None:
     }
     routes |= {(f"{route.prefix.rstrip('/')}/{{file}}", "GET") for route in inspected.static_routes or ()}
     documented = {(path, method.upper()) for path, item in DOCUMENT["paths"].items() for method in item}
+    documented |= {(path, "HEAD") for path, method in documented if method == "GET"}  # as HTTP has it
     assert routes == documented
 
 
