@@ -33,6 +33,30 @@ def services() -> Iterator[list[Service]]:
         service.destroy()
 
 
+@pytest.fixture(scope="module")
+def shared_services() -> Iterator[list[Service]]:
+    """What all tests of a file share; ended with the last of them."""
+    started: list[Service] = []
+    yield started
+    for service in reversed(started):
+        service.destroy()
+
+
+@pytest.fixture(scope="module")
+def start_shared(
+    shared_services: list[Service], postgres: Postgres, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Backend]:
+    """Starts a backend on a new database for all tests of a file, which each look only at what they did themselves."""
+    folder = tmp_path_factory.mktemp("shared")
+
+    def start_service(**settings: Any) -> Backend:
+        service = Backend(folder / f"{len(shared_services)}.out", postgres.create_logs(), **settings)
+        shared_services.append(service)
+        return service
+
+    return start_service
+
+
 @pytest.fixture
 def start(services: list[Service], tmp_path: Path) -> Callable[..., Service]:
     """Starts client.py or background.py: start("client.py", URL=..., LOG_FILE=...)."""
@@ -85,7 +109,7 @@ def shared(tmp_path: Path) -> Path:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.failed and isinstance(item, pytest.Function):
-        services: Any = item.funcargs.get("services", ())
-        for service in services:
+        given: dict[str, Any] = item.funcargs
+        for service in (*given.get("services", ()), *given.get("shared_services", ())):
             report.sections.append((f"{service.script} ({service.pid})", service.printed[-20_000:]))
     return report

@@ -12,46 +12,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 import requests
 from harness import STORING_LOCK, Backend, Postgres, Service, driver
+from raw_http import connect, post, read_answers
 from waiting import wait_until
 
 SECONDS = 60
 PLAIN = {"Content-Type": "text/plain"}
-
-
-def connect(url: str) -> socket.socket:
-    address = urlsplit(url)
-    return socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=SECONDS)
-
-
-def post(body: str, *headers: str, kind: str = "application/json") -> bytes:
-    head = [
-        "POST /api/data HTTP/1.1",
-        "Host: a",
-        f"Content-Type: {kind}",
-        f"Content-Length: {len(body.encode())}",
-        *headers,
-    ]
-    return ("\r\n".join(head) + f"\r\n\r\n{body}").encode()
-
-
-def read_answers(connection: socket.socket, count: int) -> list[tuple[int, bytes]]:
-    """The status and the body of each answer, in their order."""
-    answers: list[tuple[int, bytes]] = []
-    with connection.makefile("rb") as stream:
-        while len(answers) < count:
-            status, length = int(stream.readline().split()[1]), 0
-            while (header := stream.readline().strip()) != b"":
-                name, _, value = header.partition(b":")
-                length = int(value) if name.lower() == b"content-length" else length
-            if status != 100:
-                answers.append((status, stream.read(length)))
-    return answers
 
 
 @pytest.mark.parametrize("count", [2, 50, 400])
@@ -96,11 +66,7 @@ def test_who_pipelines_and_reads_no_answer_holds_up_nobody_else(backend: Backend
     bad = "\U0001f600" * 80 + " GET / 200\n"  # 12 bytes each in the answer: 10 MB for a batch, more than buffers take
     batch = post("192.0.2.1 GET / 200\n" * good + bad * 9_999, kind="text/plain")
     large = "\n".join([f"192.0.2.3 GET /{'x' * 1000} 200"] * 10)
-    address = urlsplit(backend.url)
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(SECONDS)
-        connection.connect((str(address.hostname), int(address.port or 0)))
+    with connect(backend.url, receive_buffer=4096) as connection:
         everything = batch * batches + post('{"log": "192.0.2.1 GET /behind 200"}') * 20
         sender = threading.Thread(target=connection.sendall, args=[everything])
         sender.start()
