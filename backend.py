@@ -41,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from queue import LifoQueue
 from typing import Annotated, Any, NamedTuple, get_type_hints
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import falcon
 import psycopg
@@ -829,10 +829,10 @@ def read_post(request: falcon.Request, kind: str) -> Ticket:
         check_batch_size(text.count("\n") + (not text.endswith("\n")) if text else 0)
         return read_batch(text.removesuffix("\n").split("\n"), parse_line)  # nothing but a line feed ends a line
     document = read_json(text)
-    if isinstance(document, list):
-        check_batch_size(len(document))
-        return read_batch(document, parse_item)
-    return read_single(document)
+    if not isinstance(document, list):
+        return read_single(document)
+    check_batch_size(len(document))
+    return read_batch(document, parse_item)
 
 
 def refuse_constant(name: str) -> None:
@@ -1178,6 +1178,10 @@ class Files:
     on_head = on_get
 
 
+AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][\s,/?#@:]+)(:[0-9]*)?")  # a host and its port (RFC 3986, 3.2)
+ORIGIN = re.compile(f"https?://{AUTHORITY.pattern}", re.IGNORECASE)
+
+
 class Access:
     """Middleware: who may ask. A web page of a foreign origin may not, whatever it asks; data wants the API_TOKEN.
 
@@ -1187,11 +1191,11 @@ class Access:
 
     def __init__(self, token: str, origins: str) -> None:
         self._token = token.encode()
-        self._origins = re.split(r"\s*,\s*", origins)
+        self._origins = re.split(r"\s*,\s*", origins) if origins else []
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
         response.append_header("Vary", "Origin")
-        origin = request.get_header("Origin")
+        origin: str | None = request.env.get("HTTP_ORIGIN")  # may be empty, which get_header takes for none
         if origin is None or self._origins == ["*"] or origin in self._origins:
             return
         if not is_own_origin(origin, request.get_header("Host", default="")):
@@ -1216,16 +1220,11 @@ class Access:
 def is_own_origin(origin: str, host: str) -> bool:
     """Whether a page came from this very server: same host and port. The scheme does not count, as a proxy may end TLS;
     neither do the ports that are left out, 80 and 443."""
-    try:
-        ours, theirs = urlsplit(f"//{host}"), urlsplit(origin)
-        same_port = {ours.port or 80, ours.port or 443} & {theirs.port or 80, theirs.port or 443}
-    except ValueError:
+    page, ours = ORIGIN.fullmatch(origin), AUTHORITY.fullmatch(host)
+    if page is None or ours is None or page[1].lower() != ours[1].lower():
         return False
-    return (
-        theirs.scheme in ("http", "https")
-        and ours.hostname is not None
-        and bool(ours.hostname == theirs.hostname and same_port)
-    )
+    usual = (None, ":", ":80", ":443")
+    return page[2] == ours[2] or (page[2] in usual and ours[2] in usual)
 
 
 def create_app(database: Database, places: Places, settings: Settings) -> falcon.App[Any, Any]:
@@ -1278,6 +1277,9 @@ def check_waitress() -> None:
         raise OSError(f"waitress has changed; it lacks {', '.join(missing)}: install the version of constraints.txt")
 
 
+TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$")
+
+
 class Refusal(waitress.utilities.Error):  # type: ignore[misc]
     """Why a request is answered by an error before the application sees it, or sees all of it."""
 
@@ -1290,7 +1292,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     """A request as it comes in. What could be read in two ways is refused here (RFC 9112, 6.1 and 11.2), for all."""
 
     body_rcv: Any  # what takes the body; None before, and where there is none
-    error: Any  # None, or what to answer
+    error: Any  # what to answer, if not None
     ticket: Ticket | None = None  # of a POST that was read
     admitted = False  # judged by its head, and told to send its body
 
@@ -1333,28 +1335,31 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as error:  # a target or a length that Python's own functions do not take
             raise waitress.parser.ParsingError("Bad target or Content-Length") from error
-        self._check_framing(header_plus)
+        if unclear := self._what_is_unclear(header_plus):
+            return self.refuse(unclear)
         if self.chunked:
             self.body_rcv = Chunks(self.body_rcv.getbuf())
         if self.body_rcv is None:
             self.expect_continue = False  # there is nothing to continue with
 
-    def _check_framing(self, head: bytes) -> None:
-        """Raises ParsingError."""
-        codings = re.findall(rb"(?im)^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$", head)
+    def _what_is_unclear(self, head: bytes) -> Refusal | None:
+        """What could be read in two ways, or cannot be read."""
+        if self.version not in ("", "1.0", "1.1"):
+            return Refusal(falcon.HTTP_505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        host = self.headers.get("HOST", "")
+        codings = [coding.lower() for coding in TRANSFER_ENCODING.findall(head)]
         for wrong, reason in (
-            (self.version not in ("1.0", "1.1"), "The version must be HTTP/1.1 or HTTP/1.0"),
-            (re.search(rb"\n[ \t]", head), "A header goes over several lines"),
-            (codings and self.version == "1.0", "Transfer-Encoding in HTTP/1.0"),
-            (codings and "CONTENT_LENGTH" in self.headers, "Both Content-Length and Transfer-Encoding"),
-            (codings and [coding.lower() for coding in codings] != [b"chunked"], "Transfer-Encoding is not 'chunked'"),
-            (
-                self.version == "1.1" and not re.fullmatch(r"[^\s,/]+", self.headers.get("HOST", "")),
-                "It needs one Host",
-            ),
+            (not self.version, "its first line has no version"),
+            (re.search(rb"\n[ \t]", head), "a header goes over several lines"),
+            (self.version == "1.1" and not AUTHORITY.fullmatch(host), "it needs one Host"),
+            (self.proxy_netloc and not AUTHORITY.fullmatch(self.proxy_netloc), "its target is no URL"),
+            (codings and self.version == "1.0", "it has Transfer-Encoding in HTTP/1.0"),
+            (codings and "CONTENT_LENGTH" in self.headers, "it has both Content-Length and Transfer-Encoding"),
+            (codings and codings != [b"chunked"], "its Transfer-Encoding is not chunked"),
         ):
             if wrong:
-                raise waitress.parser.ParsingError(reason)
+                return Refusal(falcon.HTTP_400, reason)
+        return None
 
 
 class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
@@ -1391,7 +1396,7 @@ class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """Answers a request that never came to the application."""
 
     def execute(self) -> None:
-        error: Any = self.request.error
+        error: waitress.utilities.Error = self.request.error
         self.status = f"{error.code} {error.reason}"
         body = problem(self.status, f"The request was refused: {str(error.body).rstrip('.')}.")
         self.response_headers.append(("Content-Type", PROBLEM))
@@ -1675,6 +1680,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     """
 
     channel_class = Channel
+    socket: Any  # the listener; None once it is closed
 
     def __init__(self, app: Any, commits: GroupCommit, places: Places, threads: int, listener: socket.socket) -> None:
         self.commits, self._places = commits, places
