@@ -1365,13 +1365,15 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
     """A chunked body, with a limit for what is not data: waitress copies an unfinished line again at each byte."""
 
+    error: Any  # what to answer, if not None
+
     def received(self, data: bytes) -> int:
         taken = 0
         while taken < len(data) and not self.completed and self.error is None:
             room = CHUNK_LINE_BYTES + len(b"\r\n") - len(self.control_line) - len(self.trailer)
             taken += super().received(data[taken : taken + room])
             if max(len(self.control_line.rstrip(b"\r")), len(self.trailer)) > CHUNK_LINE_BYTES:
-                self.error = Refusal(falcon.HTTP_400, f"A chunk's size or trailers have over {CHUNK_LINE_BYTES} bytes")
+                self.error = Refusal(falcon.HTTP_400, f"a chunk's size or trailers have over {CHUNK_LINE_BYTES} bytes")
         return taken
 
 
