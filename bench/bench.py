@@ -31,13 +31,12 @@ from typing import Any
 
 import psycopg
 from fakes import some_lines
-from harness import ROOT, Backend, Postgres, Service, peak_memory_bytes, process_state
+from harness import ROOT, Backend, Postgres, Service, cpu_seconds, peak_memory_bytes
 from psycopg.conninfo import conninfo_to_dict
 from waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
 TOOLS = ("wrk", "rsyslogd", "curl")
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 MIB = 1024**2
 SECONDS = 300  # no part takes nearly as long
 
@@ -341,11 +340,6 @@ def shipping(bench: Bench) -> Iterator[Contest]:
 
     contest.alternate(bench.rounds, ours, theirs)
     yield contest
-
-
-def cpu_seconds(*pids: int) -> float:
-    """User and system time of processes and of their children that have ended."""
-    return sum(sum(map(int, process_state(pid)[11:15])) for pid in pids) / TICKS_PER_SECOND
 
 
 def whole_pipeline(bench: Bench) -> Iterator[Contest]:

@@ -71,6 +71,11 @@ def is_stopped(pid: int) -> bool:
     return process_state(pid)[0] == "T"
 
 
+def cpu_seconds(*pids: int) -> float:
+    """User and system time of processes and of their children that have ended."""
+    return sum(sum(map(int, process_state(pid)[11:15])) for pid in pids) / os.sysconf("SC_CLK_TCK")
+
+
 def peak_memory_bytes(pid: int) -> int:
     """Its largest resident set so far."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
@@ -296,14 +301,17 @@ class Service:
 
 
 class Backend(Service):
-    """A backend on a free port, which stays its own until it is destroyed: it may be started there again."""
+    """A backend on a free port, which stays its own until it is destroyed: it may be started there again.
 
-    def __init__(self, output: Path, database_url: str, **settings: str | int) -> None:
+    `script` may be a driver that runs it with something changed.
+    """
+
+    def __init__(self, output: Path, database_url: str, script: str = "backend.py", **settings: str | int) -> None:
         self.database_url = database_url
         self._place = kept_port()
         port = 0 if "HOST" in settings else self._place.getsockname()[1]  # it is one of 127.0.0.1
         wanted: dict[str, Any] = {"HOST": "127.0.0.1", "BACKEND_PORT": port, "DATABASE_URL": database_url, **settings}
-        super().__init__("backend.py", output, **wanted)
+        super().__init__(script, output, **wanted)
         self.url = self.wait_for_line(r"listening on (http://\S+)")[1]
         self.data_url = f"{self.url}/api/data"
 
@@ -339,6 +347,12 @@ def driver(folder: Path, name: str, text: str) -> str:
     path = folder / name
     path.write_text(f"import sys\nsys.path.insert(0, {str(SERVICES[-1])!r})\n{text}")
     return str(path)
+
+
+def backend_with(folder: Path, before: str = "", **constants: float) -> str:
+    """A driver that runs the backend with other limits, such as STALL_SECONDS=2; `before` is run first of all."""
+    changes = "".join(f"backend.{name} = {value}\n" for name, value in constants.items())
+    return driver(folder, "changed.py", f"{before}\nimport backend\n{changes}sys.exit(backend.main([]))\n")
 
 
 def count_lines(*files: Path) -> int:
