@@ -71,7 +71,7 @@ DECLARE
     in_order CONSTANT text := ' ORDER BY created NULLS FIRST';
 BEGIN
     IF ip IS NOT NULL THEN
-        RETURN in_window || ' AND hashinet(ip) = hashinet($5)' || in_order;
+        RETURN in_window || ' AND ip_number(ip) = ip_number($5)' || in_order;
     ELSIF method IS NOT NULL AND method_number(method) = 0 THEN
         RETURN in_window || ' AND method_number(method) = 0 AND method COLLATE "C" = $3' || in_order;
     ELSIF method IS NULL AND status_code IS NULL THEN
