@@ -31,7 +31,7 @@ from typing import Any
 
 import psycopg
 from fakes import some_lines
-from harness import ROOT, Backend, Postgres, Service, cpu_seconds, peak_memory_bytes
+from harness import ROOT, Backend, Postgres, Service, cpu_seconds, past_the_guard, peak_memory_bytes
 from psycopg.conninfo import conninfo_to_dict
 from waiting import wait_until
 
@@ -406,7 +406,7 @@ def wait_for_lines(path: Path, wanted: int) -> None:
 def filled(bench: Bench, records: int) -> str:
     """The URL of a database with so many records. Indexes are built afterwards, which is quicker."""
     url = bench.postgres.create_logs()
-    with psycopg.connect(url, autocommit=True) as connection:
+    with past_the_guard(url) as connection:
         indexes = connection.execute(
             "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index"
             " WHERE indrelid = 'logs'::regclass AND NOT indisunique"

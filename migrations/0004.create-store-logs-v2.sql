@@ -47,6 +47,8 @@ SET enable_hashjoin = off
 SET enable_mergejoin = off
 SET jit = off
 AS $store_logs_v2$
+DECLARE
+    last_created timestamptz;
 BEGIN
     PERFORM refuse_recovery();
     IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -63,14 +65,14 @@ BEGIN
     SELECT greatest(clock_timestamp(), max(logs.created) + interval '1 microsecond')
       INTO first_created
       FROM logs;
+    last_created := first_created + (cardinality(ids) - 1) * interval '1 microsecond';
     ahead_seconds := extract(epoch FROM first_created - clock_timestamp());
 
+    -- Functions that stand beside each other in a SELECT go on in step; in FROM, each would fill a buffer of its own.
     BEGIN
         INSERT INTO logs (id, created, ip, method, uri, status_code)
-        SELECT line.id, first_created + (line.n - 1) * interval '1 microsecond',
-               line.ip, line.method, line.uri, line.status_code
-          FROM unnest(ids, ips, methods, uris, status_codes) WITH ORDINALITY
-               AS line (id, ip, method, uri, status_code, n);
+        SELECT unnest(ids), generate_series(first_created, last_created, interval '1 microsecond'),
+               unnest(ips), unnest(methods), unnest(uris), unnest(status_codes);
         PERFORM set_config('log_pipeline.storing', '', TRUE);
         RETURN;
     EXCEPTION WHEN unique_violation THEN
@@ -78,10 +80,8 @@ BEGIN
     END;
 
     INSERT INTO logs (id, created, ip, method, uri, status_code)
-    SELECT line.id, first_created + (line.n - 1) * interval '1 microsecond',
-           line.ip, line.method, line.uri, line.status_code
-      FROM unnest(ids, ips, methods, uris, status_codes) WITH ORDINALITY
-           AS line (id, ip, method, uri, status_code, n)
+    SELECT unnest(ids), generate_series(first_created, last_created, interval '1 microsecond'),
+           unnest(ips), unnest(methods), unnest(uris), unnest(status_codes)
         ON CONFLICT (id) DO NOTHING;
     PERFORM set_config('log_pipeline.storing', '', TRUE);
 

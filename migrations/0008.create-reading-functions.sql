@@ -34,25 +34,25 @@ END
 $seconds_ahead_v1$;
 
 -- The kinds (see 0007) in which all rows of a status or of a usual method are, or of both, and no other rows. Those of
--- a method are the statuses that it has in the table, each found by one look behind the one before.
+-- a method are the ones that it has in the table, each found by one look behind the one before.
 CREATE OR REPLACE FUNCTION kinds_v1(method text, status_code smallint)
 RETURNS SETOF integer LANGUAGE plpgsql STABLE AS $kinds_v1$
 DECLARE
-    kind integer := method_number(method);
-    last CONSTANT integer := kind + 999;
+    last CONSTANT integer := method_number(method);
+    kind integer := last - 1000;
 BEGIN
     IF method IS NULL THEN
-        RETURN QUERY SELECT n * 1000 + status_code FROM generate_series(0, 7) AS n;
+        RETURN QUERY SELECT n * 1000 - status_code FROM generate_series(0, 7) AS n;
     ELSIF status_code IS NOT NULL THEN
-        RETURN NEXT kind + status_code;
+        RETURN NEXT last - status_code;
     ELSE
         LOOP
-            SELECT method_number(logs.method) + logs.status_code
+            SELECT method_number(logs.method) - logs.status_code
               INTO kind
               FROM logs
-             WHERE method_number(logs.method) + logs.status_code > kind
-               AND method_number(logs.method) + logs.status_code <= last
-             ORDER BY method_number(logs.method) + logs.status_code
+             WHERE method_number(logs.method) - logs.status_code > kind
+               AND method_number(logs.method) - logs.status_code < last
+             ORDER BY method_number(logs.method) - logs.status_code
              LIMIT 1;
             EXIT WHEN NOT FOUND;
             RETURN NEXT kind;
@@ -71,14 +71,14 @@ DECLARE
     in_order CONSTANT text := ' ORDER BY created NULLS FIRST';
 BEGIN
     IF ip IS NOT NULL THEN
-        RETURN in_window || ' AND hashinet(ip) = hashinet($5)' || in_order;
+        RETURN in_window || ' AND ip_number(ip) = ip_number($5)' || in_order;
     ELSIF method IS NOT NULL AND method_number(method) = 0 THEN
         RETURN in_window || ' AND method_number(method) = 0 AND method COLLATE "C" = $3' || in_order;
     ELSIF method IS NULL AND status_code IS NULL THEN
         RETURN in_window || ' ORDER BY created';
     END IF;
     RETURN format('SELECT id, created, ip, method, uri, status_code FROM (%s) AS merged', (
-        SELECT coalesce(string_agg(format('(%s AND method_number(method) + status_code = %s%s)', in_window, kind, in_order),
+        SELECT coalesce(string_agg(format('(%s AND method_number(method) - status_code = %s%s)', in_window, kind, in_order),
                                    ' UNION ALL '), in_window || ' AND FALSE')
           FROM kinds_v1(method, status_code) AS kind
     )) || in_order;

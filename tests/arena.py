@@ -34,6 +34,7 @@ from harness import (
     journal_ids,
     kept_port,
     line_of,
+    past_the_guard,
     read_records,
 )
 from waiting import wait_until
@@ -381,7 +382,7 @@ SELECT gen_random_uuid(), '1999-01-01Z'::timestamptz + n * interval '1 microseco
 def make_large(url: str) -> None:
     """Lets the table be larger than a segment of the write-ahead log, by rows that nobody ever sees: then a limit on
     the size of files can stop the one and not the other."""
-    with psycopg.connect(url, autocommit=True) as connection:
+    with past_the_guard(url) as connection:
         connection.execute("ALTER TABLE logs SET (autovacuum_enabled = FALSE)")
         with connection.transaction():
             connection.execute(UNSEEN_ROWS, [15_000])

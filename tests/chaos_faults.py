@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import psycopg
 from arena import SECONDS, UNSEEN_ROWS, Arena, Disk, Slot
-from harness import Service, children_of, clock_set_back, count_lines, journal_ids, seconds_behind, stop
+from harness import Service, children_of, clock_set_back, count_lines, journal_ids, past_the_guard, seconds_behind, stop
 from waiting import wait_until
 
 import background
@@ -651,7 +651,7 @@ def connects(url: str) -> bool:
 
 def fill_postgres(arena: Arena, strike: Strike) -> str:
     """Its table cannot grow. A statement of our own takes what room is left in it, says so, and is taken back."""
-    with arena.postgres_lock, psycopg.connect(arena.url, autocommit=True) as connection:
+    with arena.postgres_lock, past_the_guard(arena.url) as connection:
         row = connection.execute("SELECT pg_relation_size('logs')").fetchone()
         arena.postgres.limit_file_size(row[0] if row else 0)
         try:
@@ -667,7 +667,7 @@ def fill_postgres(arena: Arena, strike: Strike) -> str:
 def hold_stamped_transaction(arena: Arena, strike: Strike) -> str:
     """It has stamped and does not commit for a while."""
     with arena.postgres_lock, psycopg.connect(arena.url) as connection:
-        connection.execute("SELECT first_created FROM store_logs('{}', '{}', '{}', '{}', '{}')")
+        connection.execute("SELECT first_created FROM store_logs_v2('{}', '{}', '{}', '{}', '{}')")
         with psycopg.connect(arena.url, autocommit=True) as watcher:
             struck = found(lambda: waiting_sessions(watcher))
             pause(strike.seconds * 2)

@@ -204,13 +204,21 @@ def new_postgres(version: int = TARGET_POSTGRES_VERSION) -> Iterator[Postgres]:
 
 
 @contextmanager
+def past_the_guard(url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A connection whose rows need not come through store_logs_v2; each statement is a transaction of its own."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET session_replication_role = replica")
+        yield connection
+
+
+@contextmanager
 def clock_set_back(url: str) -> Iterator[psycopg.Connection[Any]]:
-    """The clock that store_logs reads is an hour behind; gives a connection."""
-    name = "'store_logs(uuid[], inet[], text[], text[], smallint[])'::regprocedure"
+    """The clock that store_logs and store_logs_v2 read is an hour behind; gives a connection."""
+    name = "'store_logs_v2(uuid[], inet[], text[], text[], smallint[])'::regprocedure"
     with psycopg.connect(url, autocommit=True) as connection:
         (text,) = connection.execute(f"SELECT pg_get_functiondef({name})".encode()).fetchone() or ("",)
         stub = re.sub(r"\b(clock_timestamp|now)\(\)", r"(\1() - interval '1 hour')", text)
-        assert stub != text, "store_logs does not read a clock that is known here"
+        assert stub != text, "store_logs_v2 does not read a clock that is known here"
         connection.execute(stub.encode())
         try:
             yield connection
@@ -222,7 +230,7 @@ def seconds_behind(connection: psycopg.Connection[Any]) -> float:
     """How far the next `created` would be behind the true clock."""
     row = connection.execute(
         "SELECT extract(epoch FROM clock_timestamp() - first_created)::float"
-        " FROM store_logs('{}', '{}', '{}', '{}', '{}')"
+        " FROM store_logs_v2('{}', '{}', '{}', '{}', '{}')"
     ).fetchone()
     assert row is not None
     return float(row[0])

@@ -28,8 +28,8 @@ from waiting import wait_until
 SECONDS = 60
 MIB = 1024**2
 MEMORY_BYTES = 200 * MIB
-NOISE_SECONDS = 0.005
-LONGEST_SECONDS = 1.0
+NOISE_SECONDS = 0.01  # a POST goes through three threads; one that computes holds up each by a switch interval
+LONGEST_SECONDS = {"POST": 1.0, "readyz": 1.0, "health": 0.5}
 ROUNDS = 40  # of the well-behaved client during an attack, at least
 PLAIN = "Content-Type: text/plain"
 POST = "POST /api/data HTTP/1.1"
@@ -91,25 +91,24 @@ class Neighbour(threading.Thread):
         self._over.set()
         self.join(SECONDS)
 
-    def check(self, longest_seconds: float) -> None:
-        assert not self.errors, self.errors[:5]
+    def faults(self) -> list[str]:
+        """Where its requests were not answered well and quickly."""
+        found = self.errors[:5]
         for kind in self._kinds:
             times, twins = self.during["attacked", kind], self.during["twin", kind]
             usual = max(statistics.median(self.before["attacked", kind]), statistics.median(twins))
-            found = (
-                f"{kind}: median {statistics.median(times):.4f} s, usually {usual:.4f} s; longest {max(times):.3f} s"
-            )
-            assert statistics.median(times) <= 2 * usual + NOISE_SECONDS, found
-            assert max(times) <= longest_seconds + max(twins), f"{found}, of the twin {max(twins):.3f} s"
+            median, longest = statistics.median(times), max(times)
+            if median > 2 * usual + NOISE_SECONDS or longest > LONGEST_SECONDS[kind] + max(twins):
+                found.append(
+                    f"{kind}: median {median * 1000:.1f} ms, usually {usual * 1000:.1f} ms;"
+                    f" longest {longest:.3f} s, that of the twin {max(twins):.3f} s"
+                )
+        return found
 
 
 @contextmanager
 def neighbour(
-    attacked: Backend,
-    twin: Backend,
-    kinds: Sequence[str] = ("POST", "readyz"),
-    statuses: Sequence[int] = (200, 201),
-    longest_seconds: float = LONGEST_SECONDS,
+    attacked: Backend, twin: Backend, kinds: Sequence[str] = ("POST", "readyz"), statuses: Sequence[int] = (200, 201)
 ) -> Iterator[Neighbour]:
     """A client beside an attack; at the end all its requests were answered, and quickly, in flat memory."""
     client = Neighbour(attacked, twin, kinds, set(statuses))
@@ -118,10 +117,11 @@ def neighbour(
         yield client
     finally:
         client.finish()
-    client.check(longest_seconds)
     assert attacked.process.poll() is None
-    peak = peak_memory_bytes(attacked.pid)
-    assert peak < MEMORY_BYTES, f"{peak / MIB:.0f} MiB"
+    faults = client.faults()
+    if (peak := peak_memory_bytes(attacked.pid)) >= MEMORY_BYTES:
+        faults.append(f"{peak / MIB:.0f} MiB of memory")
+    assert not faults, "\n".join(faults)
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def test_an_expensive_document_takes_little_memory_and_holds_up_nobody(
 ) -> None:
     make, kind, status = EXPENSIVE[document]
     data = post(make(), CLOSE, kind=kind)
-    with neighbour(backend, twin, ("POST", "readyz", "health"), longest_seconds=0.5) as client:
+    with neighbour(backend, twin, ("POST", "readyz", "health")) as client:
         for _ in range(3):
             assert [answer.status for answer in exchange(backend.url, data)] == [status]
         client.stay(10)
@@ -424,7 +424,7 @@ def test_pipelined_windows_that_are_read_all_come_in_their_order(backend: Backen
 def test_8_exports_at_once_of_records_with_8_kb_take_little_memory(backend: Backend, twin: Backend) -> None:
     fill(backend, 60_000, 8_000)
     export = request("GET /api/data HTTP/1.1", "Accept: application/x-ndjson")
-    with neighbour(backend, twin, longest_seconds=2.0) as client, ThreadPoolExecutor(8) as pool:
+    with neighbour(backend, twin) as client, ThreadPoolExecutor(8) as pool:
 
         def read(wanted: int) -> int:
             received = 0

@@ -51,6 +51,7 @@ from harness import (
     is_stopped,
     kill,
     new_postgres,
+    past_the_guard,
     read_records,
     seconds_behind,
     stop,
@@ -116,14 +117,13 @@ def end_of_turn(fake: FakeBackend) -> None:
 
 def store_many(url: str, count: int) -> None:
     """So many records straight into the table, a microsecond apart."""
-    with psycopg.connect(url) as connection:
+    with past_the_guard(url) as connection:
         connection.execute(
             "INSERT INTO logs (id, created, ip, method, uri, status_code)"
             " SELECT gen_random_uuid(), '2026-01-01Z'::timestamptz + n * interval '1 microsecond',"
             " '192.0.2.1', 'GET', '/backlog/' || n, 200 FROM generate_series(1, %s) AS n",
             [count],
         )
-    with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("VACUUM ANALYZE logs")
 
 
@@ -677,7 +677,8 @@ def test_with_two_backends_and_a_clock_set_back_who_stamps_early_and_commits_lat
         wait_until(lambda: seconds_behind(watcher) > 0.1, SECONDS, "a clock that is behind")
         with psycopg.connect(backends[0].database_url) as early:
             early.execute(
-                "SELECT store_logs(ARRAY[%s]::uuid[], '{192.0.2.1}', '{GET}', '{/early}', '{200}')", [str(uuid.uuid4())]
+                "SELECT store_logs_v2(ARRAY[%s]::uuid[], '{192.0.2.1}', '{GET}', '{/early}', '{200}')",
+                [str(uuid.uuid4())],
             )
             wait_until(lambda: len(watcher.execute(WAITING_TO_STORE).fetchall()) == 2, SECONDS, "both backends to wait")
             lines = count_lines(*journals)

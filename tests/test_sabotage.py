@@ -19,7 +19,7 @@ from waiting import wait_until
 
 Start = Callable[..., Any]
 Scenario = Callable[[Path, Postgres, Start, Start], None]
-STORE = "SELECT first_created FROM store_logs(%s, %s, %s, %s, %s)"
+STORE = "SELECT first_created FROM store_logs_v2(%s, %s, %s, %s, %s)"
 
 
 def row(number: int) -> list[list[Any]]:

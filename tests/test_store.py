@@ -18,12 +18,12 @@ from urllib.parse import urljoin, urlsplit
 import psycopg
 import pytest
 import requests
-from harness import Backend, Postgres, Service
+from harness import Backend, Postgres, Service, past_the_guard
 from waiting import wait_until
 
 SECONDS = 60  # for one answer on a busy machine
 LINE = "1.2.3.4 GET /a 200"
-STORE = "SELECT store_logs(ARRAY[%s]::uuid[], '{1.2.3.4}', '{GET}', '{/held}', '{200}')"
+STORE = "SELECT store_logs_v2(ARRAY[%s]::uuid[], '{1.2.3.4}', '{GET}', '{/held}', '{200}')"
 STARTED = Callable[..., Backend]
 
 # ---- Asking ---------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_a_post_that_waits_too_long_gets_503_and_is_stored_once_when_sent_again(
 def test_created_goes_on_above_the_newest_record_when_the_clock_was_set_back(backend: Backend) -> None:
     future, name = datetime.now(UTC) + timedelta(hours=1), str(uuid.uuid4())
     insert = "INSERT INTO logs VALUES (%s, %s, '1.2.3.4', 'GET', '/future', 200)"
-    with psycopg.connect(backend.database_url, autocommit=True) as connection:
+    with past_the_guard(backend.database_url) as connection:
         connection.execute(insert, [name, future])
     answers = store_from_many_threads([backend], 32)
     assert all(datetime.fromisoformat(answer["created"]) > future for answer in answers)
@@ -389,7 +389,7 @@ SELECT pg_terminate_backend(pid, 30000)
 def large(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     """A backend whose table has 200,000 rows, one for each second."""
     url = postgres.create_logs()
-    with psycopg.connect(url, autocommit=True) as connection:
+    with past_the_guard(url) as connection:
         connection.execute(FILL, [ROWS])
         connection.execute("VACUUM (ANALYZE) logs")
     backend = Backend(tmp_path_factory.mktemp("large") / "backend.out", url)

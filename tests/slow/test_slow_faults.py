@@ -33,6 +33,7 @@ from harness import (
     journal_ids,
     line_of,
     new_postgres,
+    past_the_guard,
     peak_memory_bytes,
     stop,
 )
@@ -400,7 +401,7 @@ def test_behind_an_instance_stopped_in_mid_write_5_million_records_take_little_m
     assert 0 < len(half) < 100
     exporter = start("background.py", **settings)
     first = backend.records()[0]
-    with psycopg.connect(backend.database_url) as connection:
+    with past_the_guard(backend.database_url) as connection:
         connection.execute(BACKLOG, {"after": first["created"], "count": 5_000_000})
     began = time.monotonic()
     wait_until(lambda: time.monotonic() - began > 65, SECONDS, "65 s", poll=0.5)
@@ -430,7 +431,7 @@ def test_behind_an_instance_stopped_in_mid_write_5_million_records_take_little_m
 
 def test_an_export_of_a_million_records_as_one_array_takes_little_memory(start_backend: StartBackend) -> None:
     backend = start_backend()
-    with psycopg.connect(backend.database_url) as connection:
+    with past_the_guard(backend.database_url) as connection:
         connection.execute(BACKLOG, {"after": "2026-01-01Z", "count": 1_000_000})
     records = 0
     tail = b""
