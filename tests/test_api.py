@@ -203,10 +203,67 @@ def test_a_line_sent_again_under_its_id_is_stored_once_and_answered_200(backend:
     assert lines_since(backend, stored) == []
 
 
-def test_an_id_keeps_the_line_that_was_stored_first_under_it(backend: Backend) -> None:
+OTHERS = {
+    "address": "1.2.3.5 GET https://domain.com/example/ab 200",
+    "method": "1.2.3.4 get https://domain.com/example/ab 200",
+    "URI": "1.2.3.4 GET https://domain.com/example/aB 200",
+    "status": "1.2.3.4 GET https://domain.com/example/ab 201",
+    "all": "9.9.9.9 PUT /another 500",
+}
+
+
+@pytest.mark.parametrize("part", OTHERS)
+def test_another_line_under_an_id_that_is_taken_is_a_409_and_stored_nowhere(backend: Backend, part: str) -> None:
     stored = store(backend, id=str(uuid.uuid4()))
-    post(backend, {"log": "9.9.9.9 PUT /another 500", "id": stored["id"]})
+    assert_problem(post(backend, {"log": OTHERS[part], "id": stored["id"]}), 409, "id")
     assert line_of(record_of(backend, stored)) == LINE
+    assert lines_since(backend, stored) == []
+
+
+@pytest.mark.parametrize("address", ["2001:DB8::1", "2001:db8:0:0:0:0:0:1", "2001:db8::0.0.0.1"])
+def test_the_same_line_is_what_the_database_takes_for_the_same(backend: Backend, address: str) -> None:
+    stored = store(backend, "2001:db8::1 GET /same 200", id=str(uuid.uuid4()))
+    again = post(backend, {"log": f" {address}\tGET  /same 200\n", "id": stored["id"]})
+    assert (again.status_code, again.json()) == (200, stored)
+
+
+def test_another_line_under_a_taken_id_is_rejected_in_a_batch_and_the_others_are_stored(backend: Backend) -> None:
+    taken = store(backend, id=str(uuid.uuid4()))
+    items = [
+        {"log": "1.2.3.4 GET /new 200", "id": str(uuid.uuid4())},
+        {"log": OTHERS["all"], "id": taken["id"]},
+        {"log": LINE, "id": taken["id"]},
+        {"log": "nonsense"},
+        {"log": "1.2.3.4 GET /newer 200"},
+    ]
+    answer = post(backend, items[:2] + items[3:])
+    body = answer.json()
+    assert (answer.status_code, body["accepted"], body["duplicates"]) == (201, 2, 0)
+    assert [item["index"] for item in body["rejected"]] == [1, 2]
+    assert "id" in body["rejected"][0]["reason"]
+    assert "4 fields" in body["rejected"][1]["reason"]
+    assert lines_since(backend, taken) == ["1.2.3.4 GET /new 200", "1.2.3.4 GET /newer 200"]
+    again = post(backend, [items[0], items[2]])
+    assert (again.status_code, again.json()) == (201, {"accepted": 0, "duplicates": 2, "rejected": []})
+
+
+def test_a_batch_of_nothing_but_taken_ids_with_other_lines_is_a_400_with_every_reason(backend: Backend) -> None:
+    taken = [store(backend, id=str(uuid.uuid4()))["id"] for _ in range(3)]
+    last = store(backend)
+    problem = assert_problem(post(backend, [{"log": OTHERS["all"], "id": name} for name in taken]), 400)
+    assert [item["index"] for item in problem["rejected"]] == [0, 1, 2]
+    assert all("id" in item["reason"] for item in problem["rejected"])
+    assert lines_since(backend, last) == []
+
+
+def test_of_two_lines_that_race_for_an_id_one_is_stored_and_the_other_told_409(backend: Backend) -> None:
+    for _ in range(10):
+        name, lines = str(uuid.uuid4()), [f"1.2.3.4 GET /{n} 200" for n in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda line: post(backend, {"log": line, "id": name}), lines))  # noqa: B023
+        assert sorted(answer.status_code for answer in answers) == [201] + [409] * 7
+        [(won, answer)] = [pair for pair in zip(lines, answers, strict=True) if pair[1].status_code == 201]
+        assert line_of(record_of(backend, answer.json())) == won
 
 
 @pytest.mark.parametrize(
@@ -247,8 +304,6 @@ def test_an_id_that_is_no_uuid_is_refused(backend: Backend, name: Any) -> None:
         ("1.2.3.4 G@T /a 200", "method"),
         ("1.2.3.4 GÉT /a 200", "method"),
         (f"1.2.3.4 {'M' * 33} /a 200", "method"),
-        ("1.2.3.4 GET a 200", "URI"),
-        ("1.2.3.4 GET 1http://a 200", "URI"),
         ("1.2.3.4 GET /a\u00a0b 200", "URI"),
         ("1.2.3.4 GET /a\u2028b 200", "URI"),
         ("1.2.3.4 GET /a\u3000b 200", "URI"),
@@ -287,6 +342,19 @@ def test_a_line_that_is_none_is_refused_with_what_to_mend(backend: Backend, line
         r"""1.2.3.4 GET /"quoted'\back\\slash\n\u0041/</script> 200""",
         "1.2.3.4 GET /%00%ff?a=b&c={}[]|^`,: 200",
         "1.2.3.4 GET http://[2001:db8::1]:80/ 200",
+        "1.2.3.4 OPTIONS * 200",
+        "1.2.3.4 CONNECT domain.com:443 405",
+        "1.2.3.4 - - 408",
+        "1.2.3.4 GET a 200",
+        "1.2.3.4 GET 1http://a 400",
+        "1.2.3.4 - %16%03%01 400",
+        r"1.2.3.4 - \x16\x03\x01 400",
+        "1.2.3.4 GET ../../etc/passwd 400",
+        "1.2.3.4 GET // 400",
+        "1.2.3.4 GET :// 400",
+        '1.2.3.4 GET " 400',
+        "1.2.3.4 GET \u00e9 400",
+        "1.2.3.4 GET ${jndi:ldap://a/b} 400",
     ],
 )
 def test_a_line_comes_back_unharmed_in_both_forms(backend: Backend, line: str) -> None:
@@ -304,6 +372,8 @@ def test_a_line_comes_back_unharmed_in_both_forms(backend: Backend, line: str) -
         ("/a" + "ä" * 4095, 201),
         ("/" + "ä" * 4096, 400),
         ("/" + "\\" * 8191, 201),
+        ("a" * 8192, 201),
+        ("*" * 8193, 400),
     ],
 )
 def test_a_uri_has_8192_bytes_at_most(backend: Backend, uri: str, status: int) -> None:
@@ -340,6 +410,28 @@ def test_a_body_that_is_not_json_is_refused(backend: Backend, body: bytes) -> No
     assert_problem(post_bytes(backend, body), 400, "body")
 
 
+GOOD = b'{"log": "1.2.3.4 GET /number 200"}'
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"%b",
+        b'{"log": %b}',
+        b"[%b]",
+        GOOD[:-1] + b', "id": %b}',
+        b"[" + GOOD + b", %b]",
+        b"[" + GOOD + b', {"x": [%b]}]',
+    ],
+    ids=lambda body: repr(body[-12:]),
+)
+def test_what_json_does_not_call_a_number_is_refused_everywhere(backend: Backend, body: bytes, number: bytes) -> None:
+    before = store(backend)
+    assert_problem(post_bytes(backend, body % number), 400, "JSON")
+    assert lines_since(backend, before) == []
+
+
 @pytest.mark.parametrize(
     "body", [b'{"log": "1.2.3.4 GET /\xff 200"}', b"\xff\xfe", b'{"log": "1.2.3.4 GET /\xed\xa0\x80 200"}']
 )
@@ -356,7 +448,6 @@ def test_a_json_body_that_is_not_utf8_is_refused(backend: Backend, body: bytes) 
         b"{}",
         b'{"log": null}',
         b'{"log": 1e999}',
-        b'{"log": NaN}',
         b'{"log": 1' + b"0" * 4000 + b"}",
         b'{"log": ["1.2.3.4 GET /a 200"]}',
         b'{"LOG": "1.2.3.4 GET /a 200"}',
@@ -634,7 +725,7 @@ BAD_DATES = [
     "2026-11-23T24:00:00", "2026-11-23T18:60:00", "2026-11-23T18:43:60Z", "2026-11-23T18", "2026-11-23T18:43:46.",
     "2026-11-23T18:43:46+24:00", "2026-11-23T18:43:46 UTC", " 2026-11-23", "2026-11-23\n", "2026-11-23T18:43:46Z\0",
     "0001-01-01", "0000-00-00", "10000-01-01", "-2026-11-23", "1764000000000", "1e9", "0x10", "nan", "inf",
-    "99999999999", "\u0662\u0660\u0662\u0666-11-23", "\U0001f600",
+    "99999999999", "20260101", "20261231", "19700101", "\u0662\u0660\u0662\u0666-11-23", "\U0001f600",
 ]  # fmt: skip
 
 
@@ -975,10 +1066,35 @@ def test_a_method_that_an_address_does_not_know_is_a_405_with_those_it_knows(
     assert {word.strip() for word in answer.headers["Allow"].split(",")} - {"OPTIONS", "HEAD"} == allowed
 
 
-@pytest.mark.parametrize("path", ["/api/data", "/api/health", "/readyz"])
-def test_head_is_answered_without_a_body(backend: Backend, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/api/data", "/api/data?limit=1", "/api/health", "/readyz", "/docs", "/docs/openapi.json"]
+)
+def test_head_is_answered_as_get_without_the_body(backend: Backend, path: str) -> None:
+    store(backend)
+    heads = []
+    for method in ("GET", "HEAD"):
+        answer = raw(backend, f"{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert bool(body) == (method == "GET")
+        heads.append({line for line in head.split(b"\r\n")[1:] if not line.startswith(b"Date: ")})
+    left_out = heads[0] - heads[1]  # RFC 9110, 9.3.2: what is known only when the body is made
+    assert heads[1] <= heads[0]
+    assert all(line.startswith((b"Content-Length: ", b"Transfer-Encoding: ")) for line in left_out)
+
+
+def test_head_of_a_large_export_has_no_body_and_its_connection_goes_on(large: Backend) -> None:
+    with requests.Session() as session:
+        for _ in range(20):  # more than there are places for exports: none is kept
+            answer = session.head(large.data_url, timeout=SECONDS)
+            assert (answer.status_code, answer.content) == (200, b"")
+            assert session.get(f"{large.data_url}?limit=1", timeout=SECONDS).json()
+
+
+@pytest.mark.parametrize(("path", "status"), [("/nothing", 404), ("/api/data?limit=0", 400)])
+def test_head_of_what_get_refuses_is_refused_without_a_body(backend: Backend, path: str, status: int) -> None:
     answer = raw(backend, f"HEAD {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
-    assert answer.split()[1] in (b"200", b"405")
+    assert int(answer.split()[1]) == status
     assert answer.endswith(b"\r\n\r\n")
 
 
@@ -989,7 +1105,11 @@ def test_head_is_answered_without_a_body(backend: Backend, path: str) -> None:
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
         (b"GET /api/health HTTP/1.1\r\nHost : a\r\n\r\n", 400),
         (b"GET /api/health HTTP/1.1\r\nno colon\r\n\r\n", 400),
-        (b"POST /api/data HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (
+            b"POST /api/data HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+            400,
+        ),
         (b"POST /api/data HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
         (b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\n\r\n", 431),
         (b"GET /api/health HTTP/1.1\r\n" + b"X: a\r\n" * 60_000, 431),
