@@ -99,7 +99,7 @@ PART_BYTES = 1024**2  # and the text that it may have: where records are longer,
 FIRST_PART_SECONDS = 1.0  # where matches are rare, a reply begins before its first part is full
 RECEIVE_BYTES = 128 * 1024  # taken from a connection at a time
 HEAD_PIECE_BYTES = 4096  # of it given to the parser at a time
-CHUNKS_PIECE_BYTES = 1024  # the same of chunks, beside the data that the current one still lacks
+CHUNKS_PIECE_BYTES = 4096  # the same of chunks, beside the data that the current one still lacks
 UNSENT_BYTES = 1024**2  # of a reply that wait for their reader before the next part is fetched
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
@@ -1292,7 +1292,9 @@ def create_app(database: Database, places: Places, settings: Settings) -> falcon
 WAITRESS_NAMES = {
     waitress.parser.HTTPRequestParser: ("received", "parse_header", "close"),
     waitress.parser.ParsingError: (),
-    waitress.receiver.ChunkedReceiver: ("received", "control_line", "trailer", "chunk_remainder", "getbuf"),
+    waitress.receiver.ChunkedReceiver: (
+        "received", "control_line", "trailer", "chunk_remainder", "validate_chunk_end", "all_chunks_received", "getbuf",
+    ),
     waitress.task.Task: ("start", "has_body", "set_close_on_finish"),
     waitress.task.WSGITask: ("get_environment", "service"),
     waitress.task.ErrorTask: ("execute",),
@@ -1317,6 +1319,9 @@ def check_waitress() -> None:
 
 
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$")
+
+
+CHUNK_SIZE = re.compile(rb"(0*[1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")  # without extensions, and not the last one
 
 
 class Refusal(waitress.utilities.Error):  # type: ignore[misc]
@@ -1346,7 +1351,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 
     @property
     def appetite(self) -> int:
-        """Bytes to give it at a time: heads are copied with each piece, and a chunk of one byte takes 5 µs."""
+        """Bytes to give it at a time: heads are copied with each piece, and tiny chunks take their time."""
         if not self.headers_finished:
             return HEAD_PIECE_BYTES
         return CHUNKS_PIECE_BYTES + self.body_rcv.chunk_remainder if self.chunked else RECEIVE_BYTES
@@ -1409,18 +1414,34 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 
 
 class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
-    """A chunked body, with a limit for what is not data: waitress copies an unfinished line again at each byte."""
+    """A chunked body, with a limit for what is not data: waitress copies an unfinished line again at each byte. Whole
+    chunks are taken here, seven times as fast; waitress takes the rest, and says what is wrong."""
 
     error: Any  # what to answer, if not None
 
     def received(self, data: bytes) -> int:
         taken = 0
         while taken < len(data) and not self.completed and self.error is None:
+            taken = self._take_whole(data, taken)
             room = CHUNK_LINE_BYTES + len(b"\r\n") - len(self.control_line) - len(self.trailer)
             taken += super().received(data[taken : taken + room])
             if max(len(self.control_line.rstrip(b"\r")), len(self.trailer)) > CHUNK_LINE_BYTES:
                 self.error = Refusal(falcon.HTTP_400, f"a chunk's size or trailers have over {CHUNK_LINE_BYTES} bytes")
         return taken
+
+    def _take_whole(self, data: bytes, start: int) -> int:
+        """Takes the chunks that stand there from their first byte to their last; where they end."""
+        if self.chunk_remainder or self.validate_chunk_end or self.control_line or self.all_chunks_received:
+            return start
+        pieces = []
+        while size := CHUNK_SIZE.match(data, start):
+            end = size.end() + int(size[1], 16)
+            if data[end : end + 2] != b"\r\n":
+                break
+            pieces.append(data[size.end() : end])
+            start = end + 2
+        self.buf.append(b"".join(pieces))
+        return start
 
 
 class Task(waitress.task.WSGITask):  # type: ignore[misc]

@@ -18,17 +18,18 @@ def before_load_schema(context: schemathesis.HookContext, raw_schema: dict[str, 
 
 @schemathesis.hook
 def map_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> schemathesis.Case[Any]:
-    """What no schema can say of a valid request: of two dates one is not above the other, and the ids of a batch have not
-    been used for other lines before."""
+    """What no schema can say of a valid request: the first date is not above the second, and the ids of a batch have
+    not been used for other lines before."""
     if not (case.meta and case.meta.generation.mode.is_positive):
         return case
     if "date_to" in case.query:
         dates = (case.query.get("date_from", "0"), case.query["date_to"])
         case.query["date_from"], case.query["date_to"] = sorted(dates, key=parse_date)
     if isinstance(case.body, list):
-        case.body = [{**item, "id": str(uuid.uuid4())} if is_line(item) else item for item in case.body]
+        case.body = list(map(with_new_id, case.body))
     return case
 
 
-def is_line(item: Any) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("id"), str)
+def with_new_id(item: Any) -> Any:
+    """A line under an id of its own; whatever has no id stays as it is."""
+    return {**item, "id": str(uuid.uuid4())} if isinstance(item, dict) and isinstance(item.get("id"), str) else item
