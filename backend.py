@@ -499,11 +499,11 @@ class Timestamp(psycopg.adapt.Loader):
 class Connection(psycopg.Connection[Any]):
     """Cancels a statement that takes too long, and gives up a server that does not even notice that."""
 
-    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = STATEMENT_SECONDS) -> Any:
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         try:
-            return super().wait(gen, interval, timeout)
+            return super().wait(gen, interval, STATEMENT_SECONDS)
         except psycopg.OperationalError:
-            if timeout is None or self.pgconn.transaction_status != psycopg.pq.TransactionStatus.ACTIVE:
+            if self.pgconn.transaction_status != psycopg.pq.TransactionStatus.ACTIVE:
                 raise
             self.cancel_safe(timeout=CANCEL_SECONDS)
             return super().wait(gen, interval, CANCEL_SECONDS)  # raises QueryCanceled; or returns, if it was over
@@ -1302,8 +1302,9 @@ WAITRESS_NAMES = {
     waitress.channel.ClientDisconnected: (),
     waitress.channel.HTTPChannel: (
         "_flush_exception", "_flush_outbufs_below_high_watermark", "_flush_some", "_flush_some_if_lockable",
-        "del_channel", "handle_close", "handle_read", "recv", "send", "send_continue", "total_outbufs_len",
-        "will_close", "close_when_flushed", "write_soon",
+        "close_when_flushed", "current_outbuf_count", "handle_close", "handle_read", "handle_write", "readable",
+        "received", "recv", "send", "send_continue", "service", "total_outbufs_len", "will_close", "writable",
+        "write_soon",
     ),
     waitress.server.TcpWSGIServer: ("del_channel", "handle_accept", "pull_trigger", "set_socket_options"),
     waitress.wasyncore: ("readwrite",),
@@ -1575,10 +1576,10 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     @property
     def _is_held_up(self) -> bool:
         """No other request may begin."""
-        return bool(self.busy or self.closing or self.total_outbufs_len)
+        return bool(self.busy or self.is_closing or self.total_outbufs_len)
 
     @property
-    def closing(self) -> bool:
+    def is_closing(self) -> bool:
         return bool(self.will_close or self.close_when_flushed or self.lingering or not self.connected)
 
     def handle_read(self) -> None:
@@ -1694,7 +1695,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         elif self.lingering:
             if now - self.since > LINGER_SECONDS:
                 self.handle_close()
-        elif self.busy or self.closing:
+        elif self.busy or self.is_closing:
             pass
         elif self.request is not None:
             if late := self._is_late(self.request, now - self.request.since):
@@ -1756,6 +1757,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
 
     def __init__(self, app: Any, commits: GroupCommit, places: Places, threads: int, listener: socket.socket) -> None:
         self.commits, self._places = commits, places
+        self._parts: dict[int, Any] = {}  # by descriptor: the listener, the pipe, and all channels
         self._large = waitress.task.ThreadedTaskDispatcher()
         self._quick: deque[Channel] = deque()  # the loop has to serve these
         self._changed: deque[Channel] = deque()  # and to look at these
@@ -1770,7 +1772,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self._full = Outage("connections", "%s: %s; closing the idle ones", "%s: below the limit again after %.1f s")
         super().__init__(
             app,
-            map={},
+            map=self._parts,
             _sock=listener,
             dispatcher=waitress.task.ThreadedTaskDispatcher(),
             adj=waitress.adjustments.Adjustments(
@@ -1786,7 +1788,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
             sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
             bind_socket=False,
         )
-        for descriptor in self._map:  # the listener and the pipe
+        for descriptor in self._parts:  # the listener and the pipe
             self._epoll.register(descriptor, select.EPOLLIN)
 
     def start(self, threads: int) -> None:
@@ -1816,7 +1818,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         """One turn of the loop."""
         events = self._epoll.poll(0 if self._quick or self._changed else seconds)
         for descriptor, flags in events:
-            part = self._map.get(descriptor)
+            part = self._parts.get(descriptor)
             if isinstance(part, Channel):
                 self._guarded(self._handle, part, flags)
             elif part is not None:
@@ -1912,7 +1914,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         try:
             connection, address = self.socket.accept()
             self.set_socket_options(connection)
-            channel = Channel(self, connection, address, self.adj, map=self._map)
+            channel = Channel(self, connection, address, self.adj, map=self._parts)
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:  # no descriptors left, or no memory
@@ -1934,7 +1936,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     def _listen(self, on: bool) -> None:
         if on != self._listening and self.socket is not None:
             self._listening = on
-            self._epoll.modify(self._fileno, select.EPOLLIN if on else 0)
+            self._epoll.modify(self.socket, select.EPOLLIN if on else 0)
 
     def _watch(self, channel: Channel, exactly: bool = False) -> None:
         """Tells epoll what a channel waits for. That it does not wait for bytes is told only if some have come."""

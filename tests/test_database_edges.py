@@ -1,0 +1,269 @@
+"""Where PostgreSQL or the way to it is not as it should be: an answer is true, or it is a 503 that says what to do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import requests
+from harness import STORING_LOCK, Backend, Postgres, backend_with, new_postgres, past_the_guard
+from waiting import wait_until
+
+SECONDS = 60
+LINE = "1.2.3.4 GET /a 200"
+StartBackend = Callable[..., Backend]
+
+
+def post(backend: Backend, document: Any) -> requests.Response:
+    return requests.post(backend.data_url, json=document, timeout=SECONDS)
+
+
+def new_item(line: str = LINE) -> dict[str, str]:
+    return {"id": str(uuid.uuid4()), "log": line}
+
+
+# ---- An answer that is lost after the commit ------------------------------------------------------------------------
+
+
+class CuttingSocket:
+    """Passes connections on to PostgreSQL. Once told to, it cuts the next one that stores, when the answer has come."""
+
+    def __init__(self, upstream: str, folder: Path) -> None:
+        self.cuts = 0
+        self.cut_next = False
+        self._upstream = upstream
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / ".s.PGSQL.5432"))
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(self._upstream)
+                marked = threading.Event()
+                for source, target, asks in ((client, server, True), (server, client, False)):
+                    threading.Thread(target=self._pump, args=(source, target, asks, marked), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, asks: bool, marked: threading.Event) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if asks and self.cut_next and b"store_logs_v2" in data:
+                    self.cut_next = False
+                    marked.set()
+                elif not asks and marked.is_set():  # PostgreSQL answers when the commit is done
+                    self.cuts += 1
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def cutting(postgres: Postgres, start_backend: StartBackend, tmp_path: Path) -> Iterator[tuple[Backend, CuttingSocket]]:
+    url = postgres.create_logs()
+    folder = Path(os.path.relpath(tmp_path)) if len(str(tmp_path)) > 80 else tmp_path  # a socket's path is short
+    cutter = CuttingSocket(f"{postgres.socket_folder}/.s.PGSQL.5432", folder)
+    yield start_backend(DATABASE_URL=url.replace(postgres.socket_folder, str(tmp_path))), cutter
+    cutter.close()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first statement", "later"])
+def test_a_batch_whose_answer_was_lost_after_the_commit_has_the_counts_of_the_first_try(
+    cutting: tuple[Backend, CuttingSocket], first: bool
+) -> None:
+    backend, cutter = cutting
+    if not first:
+        assert post(backend, new_item()).status_code == 201
+    cutter.cut_next = True
+    answer = requests.post(
+        backend.data_url, data=f"{LINE}\n" * 3, headers={"Content-Type": "text/plain"}, timeout=SECONDS
+    )
+    assert cutter.cuts == 1
+    assert answer.json() == {"accepted": 3, "duplicates": 0, "rejected": []}
+    assert len(backend.records()) == 3 + (not first)
+
+
+def test_of_lines_that_were_sent_before_a_lost_answer_tells_the_new_ones_apart(
+    cutting: tuple[Backend, CuttingSocket],
+) -> None:
+    backend, cutter = cutting
+    old, new, other = [new_item(), new_item()], [new_item(), new_item(), new_item()], new_item()
+    assert post(backend, [*old, other]).status_code == 201
+    cutter.cut_next = True
+    answer = post(backend, [old[0], *new, old[1], {**other, "log": "1.2.3.4 PUT /other 200"}])
+    assert (answer.status_code, cutter.cuts) == (201, 1)
+    body = answer.json()
+    assert (body["accepted"], body["duplicates"], [item["index"] for item in body["rejected"]]) == (3, 2, [5])
+    cutter.cut_next = True
+    assert post(backend, [*old, *new]).json() == {"accepted": 0, "duplicates": 5, "rejected": []}
+    assert cutter.cuts == 2
+    assert len(backend.records()) == 6
+
+
+def test_a_line_whose_answer_was_lost_after_the_commit_is_new_and_sent_again_it_is_not(
+    cutting: tuple[Backend, CuttingSocket],
+) -> None:
+    backend, cutter = cutting
+    item = new_item()
+    for status in (201, 200):
+        cutter.cut_next = True
+        answer = post(backend, item)
+        assert answer.status_code == status
+        [record] = backend.records()
+        assert answer.json() == {"id": record["id"], "created": record["created"]}
+    assert cutter.cuts == 2
+
+
+# ---- A statement that takes too long --------------------------------------------------------------------------------
+
+STORING_SESSIONS = """
+SELECT pid FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name = 'log-pipeline' AND query LIKE '%store_logs%'
+"""
+
+
+def storing_session(connection: psycopg.Connection[Any]) -> int:
+    [[pid]] = connection.execute(STORING_SESSIONS).fetchall()
+    return int(pid)
+
+
+@pytest.mark.parametrize("by", ["the backend", "an operator"])
+def test_a_statement_that_is_cancelled_is_a_503_and_no_outage(
+    start_backend: StartBackend, tmp_path: Path, by: str
+) -> None:
+    backend = start_backend(script=backend_with(tmp_path, STATEMENT_SECONDS=1.0 if by == "the backend" else 8.0))
+    assert post(backend, new_item()).status_code == 201
+    with (
+        psycopg.connect(backend.database_url) as holder,
+        psycopg.connect(backend.database_url, autocommit=True) as watcher,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        session = storing_session(watcher)
+        holder.execute(STORING_LOCK)
+        waiting = pool.submit(post, backend, item := new_item())
+        if by == "an operator":
+            blocked = f"SELECT count(*) FROM pg_locks WHERE pid = {session} AND NOT granted".encode()
+            wait_until(lambda: watcher.execute(blocked).fetchall() == [(1,)], SECONDS, "a statement that waits")
+            watcher.execute("SELECT pg_cancel_backend(%s)", [session])
+        answer = waiting.result(SECONDS)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")
+        holder.rollback()
+        assert post(backend, item).status_code == 201
+        assert storing_session(watcher) == session
+    assert "cancelled" in backend.printed
+    assert "storing fails" not in backend.printed
+
+
+# ---- `created` at its limits ----------------------------------------------------------------------------------------
+
+PUT_ROW = "INSERT INTO logs VALUES (gen_random_uuid(), {}, '1.2.3.4', 'GET', '/absurd', 200)"
+
+
+def test_a_row_at_the_end_of_time_makes_no_line_wrong_and_the_log_says_what_to_mend(
+    start_backend: StartBackend,
+) -> None:
+    backend = start_backend()
+    with past_the_guard(backend.database_url) as connection:
+        connection.execute(PUT_ROW.format("'2999-12-31T23:59:59.999999Z'"))
+        for _ in range(2):
+            for document in (new_item(), [new_item(), new_item()]):
+                answer = post(backend, document)
+                assert answer.status_code == 503
+                assert "Retry-After" in answer.headers
+        connection.execute("DELETE FROM logs")
+    assert post(backend, new_item()).status_code == 201
+    begun = backend.wait_for_line("storing fails: .*logs_created_range.*")
+    assert "ORDER BY created DESC" in begun[0]
+    assert backend.printed.count("storing fails") == 1
+    backend.wait_for_line("storing works again")
+
+
+def test_created_far_ahead_of_the_clock_is_said_in_the_log_and_by_readyz(start_backend: StartBackend) -> None:
+    backend = start_backend()
+    with past_the_guard(backend.database_url) as connection:
+        connection.execute(PUT_ROW.format("now() + interval '50 seconds'"))
+        assert post(backend, new_item()).status_code == 201
+        assert requests.get(f"{backend.url}/readyz", timeout=SECONDS).json() == {"ready": True}
+        assert "ahead" not in backend.printed
+        connection.execute(PUT_ROW.format("now() + interval '1 hour'"))
+        assert post(backend, new_item()).status_code == 201
+        warning = requests.get(f"{backend.url}/readyz", timeout=SECONDS).json()["warning"]
+        assert "ahead of the database's clock" in warning
+        backend.wait_for_line(r"`created` is 3,[56]\d\d s ahead of the database's clock")
+        connection.execute("DELETE FROM logs")
+    assert post(backend, new_item()).status_code == 201
+    backend.wait_for_line("`created` is near the clock again")
+
+
+# ---- A server in recovery -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def standby_of(primary: Postgres, folder: Path) -> Iterator[str]:
+    """A hot standby that follows nobody, so it has what was there when it was made; the folder of its socket."""
+    subprocess.run(
+        [primary.programs / "pg_basebackup", "-h", primary.socket_folder, "-U", "postgres", "-D", folder, "-c", "fast"],
+        check=True,
+        capture_output=True,
+    )
+    for lock in folder.glob(".s.PGSQL*"):  # the primary's, whose socket is in its folder
+        lock.unlink()
+    (folder / "standby.signal").touch()
+    owner = Path(primary.socket_folder).stat()
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, owner.st_uid, owner.st_gid)
+    with folder.with_suffix(".log").open("wb") as log:
+        server = subprocess.Popen(
+            [primary.programs / "postgres", "-D", folder, "-k", folder, "-c", "listen_addresses="],
+            user=owner.st_uid,
+            group=owner.st_gid,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        ready = [str(primary.programs / "pg_isready"), "-q", "-h", str(folder)]
+        wait_until(lambda: subprocess.run(ready).returncode == 0, SECONDS, "the standby")
+        yield str(folder)
+    finally:
+        server.terminate()
+        server.wait(SECONDS)
+
+
+def test_a_server_in_recovery_is_never_taken_for_the_database(start_backend: StartBackend) -> None:
+    with new_postgres() as primary:
+        url = primary.create_logs()
+        writer = start_backend(DATABASE_URL=url)
+        assert post(writer, [new_item() for _ in range(10)]).status_code == 201
+        with standby_of(primary, Path(primary.socket_folder).with_name("standby")) as lagging:
+            assert post(writer, [new_item() for _ in range(10)]).status_code == 201
+            name = url.split("/")[3].split("?")[0]
+            both = f"postgresql://postgres@/{name}?host={lagging},{primary.socket_folder}"
+            backend = start_backend(DATABASE_URL=both)
+            for _ in range(5):
+                assert len(backend.records()) == 20
+            assert post(backend, new_item()).status_code == 201
+            alone = start_backend(DATABASE_URL=f"postgresql://postgres@/{name}?host={lagging}&target_session_attrs=any")
+            with ThreadPoolExecutor(3) as pool:
+                asked = [
+                    pool.submit(requests.get, url, timeout=SECONDS) for url in (alone.data_url, f"{alone.url}/readyz")
+                ]
+                asked.append(pool.submit(post, alone, new_item()))
+                assert [one.result(SECONDS).status_code for one in asked] == [503] * 3
+            assert "in recovery" in alone.printed
