@@ -152,7 +152,7 @@ BEGIN
         $statement$, not_looked_at, CASE WHEN separator IS NULL THEN 'NULL::text' ELSE json END, matching)
         USING date_from, date_to, method, status_code, ip, wanted, separator, max_bytes;
         EXIT WHEN FOUND;
-        wanted := wanted / 4;
+        wanted := greatest(1, wanted / 4);
     END LOOP;
 END
 $read_part_v1$;
