@@ -92,8 +92,9 @@ $rows_of_window_v1$;
 -- than `max_bytes`, fewer records are given, but one at least. `separator` NULL: they are only counted.
 --
 -- Why no row is passed by: if as many rows match as were wanted, the next part starts 1 µs after the last of them. If
--- fewer do, every row that was looked at has been judged, and those are either all of the window, or as many as may be
--- looked at: then the next part starts at the first one that was not.
+-- fewer do, every row that was looked at has been judged. Those are either all of the window, or as many as may be looked
+-- at: then the next part starts 1 µs after the last one.
+-- A scan of a materialized WITH takes its rows one by one, as they are asked for, in their order: a LIMIT ends it early.
 -- RETURN QUERY, because a text of 1 MB would be copied four times more on its way through variables.
 CREATE OR REPLACE FUNCTION read_part_v1(
     date_from timestamptz, date_to timestamptz, method text, status_code smallint, ip inet,
@@ -113,9 +114,9 @@ AS $read_part_v1$
 DECLARE
     most_looked_at CONSTANT integer := 50000;  -- where each is elsewhere on a cold disk, at 0.1 ms: 5 s
     wanted integer := least(max_rows, most_looked_at);
-    in_window CONSTANT text := rows_of_window_v1(method, status_code, ip);
-    matching text := in_window;
-    not_looked_at text := 'NULL';
+    looked_at text := '';
+    matching text := rows_of_window_v1(method, status_code, ip);
+    end_of_look text := '$2';
     json CONSTANT text := $json$
         string_agg(
             '{"id":"' || id
@@ -130,29 +131,32 @@ DECLARE
     $json$;
 BEGIN
     PERFORM refuse_recovery();
-    IF ip IS NOT NULL OR (method IS NOT NULL AND method_number(method) = 0) THEN  -- other rows are among those
-        matching := format($matching$
+    IF ip IS NOT NULL OR (method IS NOT NULL AND method_number(method) = 0) THEN  -- not all of these rows match
+        looked_at := format('WITH looked_at AS MATERIALIZED (%s LIMIT %s)', matching, most_looked_at);
+        matching := $matching$
             SELECT id, created, ip, method, uri, status_code
-              FROM (%s LIMIT %s) AS looked_at
+              FROM looked_at
              WHERE ($3 IS NULL OR method = $3)
                AND ($4 IS NULL OR status_code = $4)
                AND ($5 IS NULL OR ip = $5)
-             ORDER BY created NULLS FIRST
-        $matching$, in_window, most_looked_at);
-        not_looked_at := format('(SELECT created FROM (%s OFFSET %s LIMIT 1) AS first)', in_window, most_looked_at);
+        $matching$;
+        end_of_look := format($end_of_look$
+            (SELECT CASE WHEN count(*) = %s THEN max(created) + interval '1 microsecond' ELSE $2 END FROM looked_at)
+        $end_of_look$, most_looked_at);
     END IF;
     LOOP
         RETURN QUERY EXECUTE format($statement$
+            %s
             SELECT count,
-                   CASE WHEN count = $6 THEN last + interval '1 microsecond' ELSE coalesce(%s, $2) END,
+                   CASE WHEN count = $6 THEN last + interval '1 microsecond' ELSE %s END,
                    octet_length(part)::bigint,
                    part
               FROM (SELECT count(*) AS count, max(created) AS last, %s AS part FROM (%s LIMIT $6) AS matching) AS made
              WHERE count < 2 OR part IS NULL OR octet_length(part) <= $8
-        $statement$, not_looked_at, CASE WHEN separator IS NULL THEN 'NULL::text' ELSE json END, matching)
+        $statement$, looked_at, end_of_look, CASE WHEN separator IS NULL THEN 'NULL::text' ELSE json END, matching)
         USING date_from, date_to, method, status_code, ip, wanted, separator, max_bytes;
         EXIT WHEN FOUND;
-        wanted := wanted / 4;
+        wanted := greatest(1, wanted / 4);
     END LOOP;
 END
 $read_part_v1$;

@@ -97,6 +97,9 @@ class Postgres:
         self._databases = 0
         self.socket_folder = str(folder)
         self.start()
+        self._fill()
+
+    def _fill(self) -> None:
         backend_command("migrate", self.create_database("template_logs"))
 
     def start(self) -> None:
@@ -201,6 +204,30 @@ def new_postgres(version: int = TARGET_POSTGRES_VERSION) -> Iterator[Postgres]:
             if cluster.running:
                 cluster.resume()
                 cluster.stop("immediate")
+
+
+class Standby(Postgres):
+    """A cluster that takes no writes."""
+
+    def _fill(self) -> None:
+        pass
+
+
+@contextmanager
+def standby_of(primary: Postgres) -> Iterator[Postgres]:
+    """A hot standby that follows the primary. Stopped and removed at the end."""
+    with TemporaryDirectory(prefix="postgres-") as folder:
+        owner = Path(primary.socket_folder).stat()  # PostgreSQL does not run as root
+        os.chown(folder, owner.st_uid, owner.st_gid)
+        data = Path(folder) / "data"
+        program = str(primary.programs / "pg_basebackup")
+        command = [program, "-D", str(data), "-R", "-c", "fast", "-d", primary.url("postgres")]
+        subprocess.run(command, check=True, user=owner.st_uid, group=owner.st_gid, cwd=folder)
+        cluster = Standby(data)
+        try:
+            yield cluster
+        finally:
+            cluster.stop("immediate")
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from urllib.parse import quote
 import psycopg
 import pytest
 import requests
-from harness import ROOT, Backend, Postgres, backend_command, clean_environment, kept_port, new_postgres
+from harness import ROOT, Backend, Postgres, backend_command, clean_environment, kept_port, new_postgres, past_the_guard
 from waiting import wait_until
 
 SECONDS = 60  # for one process on a busy machine
 STEPS = len([path for path in ROOT.glob("migrations/*.sql") if ".rollback." not in path.name])
-BUILDING_INDEXES = 6  # the number of migrations before the one that builds them
+LIMITING_CREATED, BUILDING_INDEXES = 4, 6  # the number of migrations before these
 INDEXES_OF_FILTERS = {"logs_kind_created_idx", "logs_other_method_created_idx", "logs_ip_number_created_idx"}
 
 CATALOG = """
@@ -254,6 +254,40 @@ def test_a_backend_keeps_storing_while_its_database_is_upgraded(
     finish(process)
     assert set(statuses) == {201}
     assert query(backend.database_url, "SELECT count(*) FROM logs") == [(20_000 + len(statuses),)]
+
+
+def test_writers_go_on_while_a_migration_waits_for_a_long_reader(
+    older: Callable[[int], str], catalog: list[tuple[Any, ...]]
+) -> None:
+    url = older(LIMITING_CREATED)
+    patient = "-c statement_timeout=10s"
+    with psycopg.connect(url) as backup, psycopg.connect(url, autocommit=True, options=patient) as writer:
+        backup.execute("LOCK TABLE logs IN ACCESS SHARE MODE")
+        process = begin("migrate", url)
+        for _ in range(3):
+            blocked(url)
+            writer.execute("SELECT store_logs('{}', '{}', '{}', '{}', '{}')")
+            assert process.poll() is None
+    finish(process)
+    assert query(url, CATALOG) == catalog
+
+
+def test_rows_with_an_absurd_created_stop_the_migration_that_names_them_until_they_are_mended(
+    older: Callable[[int], str], catalog: list[tuple[Any, ...]]
+) -> None:
+    url = older(LIMITING_CREATED)
+    name = str(uuid.uuid4())
+    with past_the_guard(url) as connection:
+        connection.execute("INSERT INTO logs VALUES (%s, 'infinity', '1.2.3.4', 'GET', '/', 200)", [name])
+        for _ in range(2):
+            done = backend_command("migrate", url, check=False)
+            assert done.returncode == 1
+            [line] = done.stderr.splitlines()
+            assert f"{name} (created infinity)" in line
+            assert "SET session_replication_role = replica" in line
+        connection.execute("UPDATE logs SET created = now()")
+    migrate(url)
+    assert query(url, CATALOG) == catalog
 
 
 @pytest.fixture

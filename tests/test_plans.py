@@ -206,7 +206,7 @@ def test_with_several_filters_each_statement_is_bounded_and_together_they_find_a
     while next_from < END:
         count, next_from, cost = read(connection, **filters, date_from=next_from)
         found += count
-        assert cost <= 2 * (2 * MOST_LOOKED_AT) + FIXED
+        assert cost <= 1.2 * MOST_LOOKED_AT + FIXED
     assert found == records_of(connection, filters)
 
 
