@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import socket
 import statistics
@@ -579,6 +580,48 @@ def arrivals(path: Path, wanted: int) -> list[float]:
     return times[:wanted]
 
 
+# ---- 10: idle connections -------------------------------------------------------------------------------------------
+
+IDLE = 3000
+ONE_LINE = (
+    b"POST /api/data HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 34\r\n\r\n"
+    b'{"log": "203.0.113.7 GET / 200\\n"}'
+)
+
+
+def post_lines_one_by_one(address: tuple[str, int], posts: int) -> None:
+    with socket.create_connection(address) as connection:
+        for _ in range(posts):
+            connection.sendall(ONE_LINE)
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(65536) or b" closed }"
+            assert answer.startswith(b"HTTP/1.1 201"), answer
+
+
+def idle_connections(bench: Bench) -> Iterator[Contest]:
+    contest = Contest(10, f"CPU of one line per POST, 4 connections, {IDLE:,} idle ones beside",
+                      "the same without idle ones", "us of the backend", "≤ 1.3")  # fmt: skip
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    def cpu_per_post(idle: int) -> float:
+        posts = 2_000
+        with ExitStack() as stack, ThreadPoolExecutor(4) as pool:
+            backend = bench.backend(stack)
+            host, port = backend.url.split("/")[2].split(":")
+            address = (host, int(port))
+            for _ in range(idle):
+                stack.enter_context(socket.create_connection(address))
+            post_lines_one_by_one(address, 500)
+            before = cpu_seconds(backend.pid)
+            list(pool.map(lambda _: post_lines_one_by_one(address, posts), range(4)))
+            return (cpu_seconds(backend.pid) - before) / (4 * posts) * 1e6
+
+    contest.alternate(bench.rounds, lambda: cpu_per_post(IDLE), lambda: cpu_per_post(0))
+    yield contest
+
+
 # ---- Table ----------------------------------------------------------------------------------------------------------
 
 MARKS = ("<!-- make bench -->", "<!-- end of make bench -->")  # in the README
@@ -640,7 +683,10 @@ def machine(postgres: Postgres) -> dict[str, Any]:
     }
 
 
-CONTESTS = {1: single_lines, 2: batches, 3: shipping, 4: exports, 5: windows, 7: crowd, 8: latency, 9: whole_pipeline}
+CONTESTS = {
+    1: single_lines, 2: batches, 3: shipping, 4: exports, 5: windows, 7: crowd, 8: latency, 9: whole_pipeline,
+    10: idle_connections,
+}  # fmt: skip
 
 
 def main() -> int:

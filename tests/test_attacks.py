@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import requests
 from harness import Backend, backend_with, children_of, cpu_seconds, is_running, kept_port, peak_memory_bytes, stop
 from raw_http import connect, exchange, post, read_answers, read_to_end, request, split_answers
 from waiting import wait_until
@@ -460,6 +461,78 @@ def test_who_reads_slowly_is_served_to_the_end_and_who_reads_nothing_is_cut_off(
             while piece := silent.recv(MIB):
                 rest = rest[-10:] + piece
             assert not rest.endswith(b"\r\n0\r\n\r\n")
+
+
+@contextmanager
+def reader(backend: Backend, bytes_per_second: int) -> Iterator[Export]:
+    """Opens a large export and reads it at that pace, until it is told to read the rest."""
+    with connect(backend.url, receive_buffer=4096) as connection:
+        connection.sendall(request("GET /api/data HTTP/1.1", "Accept: application/x-ndjson", CLOSE))
+        export = Export(connection, bytes_per_second)
+        export.start()
+        try:
+            yield export
+        finally:
+            export.hurry.set()
+            export.join(SECONDS)
+
+
+class Export(threading.Thread):
+    """The reading of an export; `outcome` is "whole", "cut" or the status of a refusal."""
+
+    def __init__(self, connection: socket.socket, bytes_per_second: int) -> None:
+        super().__init__(daemon=True)
+        self._connection, self._piece = connection, bytes_per_second // 20
+        self.hurry = threading.Event()
+        self.records = self.received = 0
+        self.outcome = ""
+
+    def run(self) -> None:
+        tail = b""
+        with suppress(ConnectionError):
+            while piece := self._connection.recv(MIB if self.hurry.is_set() else self._piece):
+                self.received += len(piece)
+                self.records += (tail[-4:] + piece).count(b'{"id"')
+                tail = tail[-20:] + piece
+                self.hurry.wait(0.05)
+        whole = tail.endswith(b"\r\n0\r\n\r\n")
+        self.outcome = "whole" if whole else "cut" if self.records else tail[9:12].decode()
+
+
+def slowest_gives_way(backend: Backend, minute: float, count: int) -> None:
+    """Of four readers on four places the slowest is cut off when a fifth one asks, and only then."""
+    with ExitStack() as stack:
+        quick = [stack.enter_context(reader(backend, 200_000)) for _ in range(2)]
+        slow = stack.enter_context(reader(backend, 20_000))
+        quick.append(stack.enter_context(reader(backend, 200_000)))
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() - began > 1.5 * minute, 3 * minute + 10, "readers that are known")
+        assert not any(one.outcome for one in (*quick, slow)), "nobody has asked for their places"
+        assert "cut off" not in backend.printed
+        small = requests.get(f"{backend.data_url}?limit=5", timeout=SECONDS)
+        assert small.status_code == 200
+        refused = requests.get(backend.data_url, timeout=SECONDS)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+
+        def is_served() -> bool:
+            answer = requests.get(backend.data_url, timeout=SECONDS)
+            assert answer.status_code in (200, 503)
+            return answer.status_code == 200 and len(answer.json()) == count
+
+        wait_until(is_served, 10, "a place", poll=0.2)
+        for one in (slow, *quick):
+            one.hurry.set()
+            one.join(SECONDS)
+        assert [one.outcome for one in quick] == ["whole"] * 3
+        assert [one.records for one in quick] == [count] * 3
+        assert slow.outcome == "cut"
+        assert backend.printed.count("cut off") == 1
+
+
+def test_while_all_places_are_taken_and_somebody_waits_the_slowest_reader_gives_way(start_with: StartBackend) -> None:
+    backend = start_with(before="import os\nos.environ['THREADS'] = '8'\n", PACE_SECONDS=2)
+    fill(backend, 40_000, 400)
+    slowest_gives_way(backend, 2, 40_000)
 
 
 # ---- Crowds ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,9 +10,11 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -218,6 +221,82 @@ def test_a_database_whose_default_is_an_old_snapshot_is_served_all_the_same(
 def alter_database(url: str, setting: str) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f'ALTER DATABASE "{connection.info.dbname}" SET {setting}'.encode())
+
+
+# ---- Lost answers ---------------------------------------------------------------------------------------------------
+
+
+class LossyPath:
+    """Stands before PostgreSQL's socket, and loses the answer to the next statement that stores, when told to."""
+
+    def __init__(self, server: Path, folder: Path) -> None:
+        self.lose_next = threading.Event()
+        self.lost = 0
+        self._server = str(server)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / server.name))
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(self._server)
+            storing = threading.Event()
+            threading.Thread(target=self._pump, args=(client, server, storing, False), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, storing, True), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, storing: threading.Event, answers: bool) -> None:
+        with source, suppress(OSError):
+            while data := source.recv(65536):
+                if not answers and b"store_logs" in data and self.lose_next.is_set():
+                    self.lose_next.clear()
+                    storing.set()
+                if answers and storing.is_set():  # the server answers after its commit
+                    self.lost += 1
+                    break
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "one line"])
+def test_lines_whose_first_answer_was_lost_are_stored_once_and_counted_as_the_first_try_did(
+    start_backend: STARTED, postgres: Postgres, kind: str
+) -> None:
+    url = postgres.create_logs()
+    with TemporaryDirectory(prefix="lossy-") as folder:
+        path = LossyPath(Path(postgres.socket_folder) / ".s.PGSQL.5432", Path(folder))
+        try:
+            backend = start_backend(DATABASE_URL=url.replace(postgres.socket_folder, folder))
+            store(backend)
+            path.lose_next.set()
+            lines = [f"1.2.3.4 GET /{n} 200" for n in range(3)]
+            bodies = {
+                "application/json": json.dumps([{"log": line} for line in lines]),
+                "text/plain": "\n".join(lines),
+                "one line": json.dumps({"log": lines[0]}),
+            }
+            about = {"Content-Type": "text/plain" if kind == "text/plain" else "application/json"}
+            answer = requests.post(backend.data_url, data=bodies[kind], headers=about, timeout=SECONDS)
+            assert path.lost == 1
+            records = backend.records()[1:]
+        finally:
+            path.close()
+    assert answer.status_code == 201
+    if kind == "one line":
+        [record] = records
+        assert answer.json() == {"id": record["id"], "created": record["created"]}
+    else:
+        assert answer.json() == {"accepted": 3, "duplicates": 0, "rejected": []}
+        assert [record["log"]["uri"] for record in records] == ["/0", "/1", "/2"]
 
 
 # ---- On disk --------------------------------------------------------------------------------------------------------
