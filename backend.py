@@ -1306,7 +1306,9 @@ WAITRESS_NAMES = {
         "received", "recv", "send", "send_continue", "service", "total_outbufs_len", "will_close", "writable",
         "write_soon",
     ),
-    waitress.server.TcpWSGIServer: ("del_channel", "handle_accept", "pull_trigger", "set_socket_options"),
+    waitress.server.TcpWSGIServer: (
+        "add_task", "channel_class", "del_channel", "handle_accept", "pull_trigger", "set_socket_options",
+    ),
     waitress.wasyncore: ("readwrite",),
 }  # fmt: skip
 
