@@ -1180,7 +1180,9 @@ class Api:
                 raise Unavailable(NO_PLACE)
             rest = separated(parts, between, bool(first.text))
             response.stream = stream(before + first.text, rest, after, partial(self._places.leave, reader))
-        elif first.is_last:
+        elif not first.is_last:
+            response.stream = ()  # a HEAD, whose length nobody knows
+        else:
             response.data = before + first.text + after if first.text or not as_lines else b""
         response.set_header("Link", f'<{request.path}?{first.next_query}>; rel="next"')
 
@@ -2064,7 +2066,8 @@ def work(settings: Settings, conninfo: str, listener: socket.socket, signals: li
 
 # ---- Migrations -----------------------------------------------------------------------------------------------------
 
-MIGRATION_LOCK = "SELECT pg_try_advisory_lock(7021961410472345602), pg_backend_pid()"
+SERVER_PID = "SELECT pg_backend_pid()"
+MIGRATION_LOCK = "SELECT pg_try_advisory_lock(7021961410472345602)"
 END_KILLED_RUN = """
 SELECT count(pg_terminate_backend(pid))
   FROM pg_stat_activity
@@ -2083,12 +2086,10 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
     A pooler would hand the session that holds the lock to somebody else; it is known by its made-up process id.
     """
     with psycopg.connect(conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
-        locked = False
-        while not locked:
-            [[locked, pid]] = connection.execute(MIGRATION_LOCK).fetchall()
-            if pid != connection.info.backend_pid:
-                raise OSError("a pooler stands between here and PostgreSQL; migrations need PostgreSQL's own address")
-            time.sleep(0 if locked else 0.2)
+        if connection.execute(SERVER_PID).fetchall() != [(connection.info.backend_pid,)]:
+            raise OSError("a pooler stands between here and PostgreSQL: migrate directly, at PostgreSQL's own address")
+        while connection.execute(MIGRATION_LOCK).fetchall() != [(True,)]:
+            time.sleep(0.2)
         connection.execute(END_KILLED_RUN)
         options = {**conninfo_to_dict(conninfo), "application_name": "log-pipeline-migration"}
         backend = yoyo.get_backend("postgresql+psycopg:///?" + urlencode(options))

