@@ -454,8 +454,8 @@ TOO_SLOW = f"The database needed more than {STATEMENT_SECONDS:.0f} s for this an
 TOO_SLOW_RETRY_SECONDS = 10
 
 
-class Unconfirmed(psycopg.OperationalError):
-    """The server says that a commit is not as durable as it should be, for example not on the synchronous standby."""
+class Unconfirmed(Exception):
+    """The server warns that a commit is less than it should be, for example not on the synchronous standby."""
 
 
 class Column(NamedTuple):
@@ -537,6 +537,9 @@ class Session:
                 return row
             except (psycopg.DataError, psycopg.IntegrityError):
                 raise
+            except Unconfirmed as error:  # not repeated: what is there already would be found without a warning
+                self._outage.begin(one_line(error))
+                raise Unavailable(NO_ANSWER) from error
             except psycopg.errors.QueryCanceled as error:  # the database works, and so does the session
                 log.warning("a statement was cancelled: %s; answered 503", one_line(error))
                 raise Unavailable(TOO_SLOW, TOO_SLOW_RETRY_SECONDS) from error
@@ -1324,8 +1327,6 @@ def check_waitress() -> None:
 
 
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$")
-
-
 CHUNK_SIZE = re.compile(rb"(0*[1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")  # without extensions, and not the last one
 
 
@@ -1546,7 +1547,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         except waitress.channel.ClientDisconnected:
             pass
         except Exception:
-            log.exception("serving %s failed", request.path)
+            log.exception("serving a request failed")
             task.close_on_finish = True
         if not self.connected or (task.close_on_finish and ended == "answered"):
             ended = "closing"
@@ -1867,7 +1868,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     def _tick(self, now: float) -> None:
         self.commits.give_up_late()
         for channel in self._channels():
-            channel.check_time(now)
+            self._guarded(Channel.check_time, channel, now)
         if slowest := self._places.give_way():
             slowest.cut_off(f"it read {slowest.pace:,.0f} bytes/s, the slowest, and another export waits for its place")
         if len(self.active_channels) < self._most * 0.9:
