@@ -98,7 +98,7 @@ chromium:
 
 .PHONY: pgbouncer
 pgbouncer:
-	@if command -v pgbouncer >/dev/null; then :; \
+	@PATH=$$PATH:/usr/sbin; if command -v pgbouncer >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "installing PgBouncer for the tests of a pooler before the database"; \
 	  apt-get update -qq; \

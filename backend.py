@@ -103,7 +103,7 @@ CHUNKS_PIECE_BYTES = 4096  # the same of chunks, beside the data that the curren
 UNSENT_BYTES = 1024**2  # of a reply that wait for their reader before the next part is fetched
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
-SWITCH_SECONDS = 0.001  # after which a thread that reads a large batch lets the others go on; Python's own is 5 ms
+SWITCH_SECONDS = 0.0005  # after which a thread that reads a large batch lets the others go on; Python's own is 5 ms
 LOOP_SECONDS = 0.5  # how late a signal or a limit in time may be noticed
 
 # Towards PostgreSQL

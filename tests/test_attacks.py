@@ -55,6 +55,7 @@ class Neighbour(threading.Thread):
         super().__init__(daemon=True)
         self._urls = {"attacked": attacked.url, "twin": twin.url}
         self._kinds, self._statuses = kinds, statuses
+        self._pid = attacked.pid
         self._over = threading.Event()
         self.errors: list[str] = []
         self.rounds = 0
@@ -62,6 +63,7 @@ class Neighbour(threading.Thread):
         self.during = self._new_table()
         for _ in range(ROUNDS):
             self.ask_all(self.before)
+        self._times_before = scheduled(self._pid)
 
     def _new_table(self) -> dict[tuple[str, str], list[float]]:
         return {(whom, kind): [] for whom in self._urls for kind in self._kinds}
@@ -96,17 +98,29 @@ class Neighbour(threading.Thread):
         """Where its requests were not answered well and quickly. A flood takes its share of the processor, as honest
         work would: then only the longest time counts."""
         found = self.errors[:5]
+        ran, waited = (after - before for after, before in zip(scheduled(self._pid), self._times_before, strict=True))
+        slowness = 1 + waited / max(ran, 0.001)  # that the machine let it wait for a CPU is no fault of its own
         for kind in self._kinds:
             times, twins = self.during["attacked", kind], self.during["twin", kind]
             usual = max(statistics.median(self.before["attacked", kind]), statistics.median(twins))
             median, longest = statistics.median(times), max(times)
-            slow = median > 2 * usual + NOISE_SECONDS and not is_flood
-            if slow or longest > LONGEST_SECONDS[kind] + max(twins):
+            slow = median > (2 * usual + NOISE_SECONDS) * slowness and not is_flood
+            if slow or longest > LONGEST_SECONDS[kind] * slowness + max(twins):
                 found.append(
                     f"{kind}: median {median * 1000:.1f} ms, usually {usual * 1000:.1f} ms;"
-                    f" longest {longest:.3f} s, that of the twin {max(twins):.3f} s"
+                    f" longest {longest:.3f} s, that of the twin {max(twins):.3f} s; {slowness:.1f} times slowed down"
                 )
         return found
+
+
+def scheduled(pid: int) -> tuple[float, float]:
+    """Seconds that a process's threads have run, and that they have waited for a CPU (Linux, sched-stats)."""
+    run = waited = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has ended
+            fields = (thread / "schedstat").read_text().split()
+            run, waited = run + int(fields[0]), waited + int(fields[1])
+    return run / 1e9, waited / 1e9
 
 
 @contextmanager

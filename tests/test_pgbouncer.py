@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -28,6 +29,8 @@ from waiting import wait_until
 
 SECONDS = 60
 LINE = "192.0.2.1 GET /a 200"
+
+PROGRAM = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin") or ""  # Debian keeps it there
 
 CONFIGURATION = """
 [databases]
@@ -64,7 +67,7 @@ class PgBouncer:
         if os.geteuid() == 0:
             who = {"user": self._owner.st_uid, "group": self._owner.st_gid, "extra_groups": []}
         self.process = subprocess.Popen(
-            ["pgbouncer", "-q", str(self._folder / "pgbouncer.ini")],
+            [PROGRAM, "-q", str(self._folder / "pgbouncer.ini")],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -97,6 +100,8 @@ class PgBouncer:
 
 @contextmanager
 def pgbouncer(postgres: Postgres, sessions: int = 20, user: str = "postgres") -> Iterator[PgBouncer]:
+    if not PROGRAM:
+        pytest.fail("pgbouncer is missing; install it: apt-get install pgbouncer")
     # Not in pytest's folder, which is closed to pgbouncer's user
     with kept_port() as place, TemporaryDirectory(prefix="pgbouncer-") as folder:
         os.chmod(folder, 0o777)
