@@ -85,6 +85,20 @@ BEGIN
 END
 $rows_of_window_v1$;
 
+-- The JSON of a record, for a session whose TimeZone is UTC: to_char(created AT TIME ZONE 'UTC', ...) would look the zone
+-- up for each. A method is a token and has nothing to escape; a URI may. The planner puts it in place of its calls.
+CREATE OR REPLACE FUNCTION record_json_v1(
+    id uuid, created timestamptz, ip inet, method text, uri text, status_code smallint
+)
+RETURNS text LANGUAGE sql STABLE PARALLEL SAFE
+RETURN '{"id":"' || id
+       || '","created":"' || to_char(created, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+       || '","log":{"ip":"' || host(ip)
+       || '","method":"' || method
+       || '","uri":' || to_json(uri)
+       || ',"status_code":' || status_code
+       || '}}';
+
 -- The records of a window in their order, from its start: at most `max_rows`, and at most those that one statement may
 -- look at. `next_from` is where the next part starts; once it is `date_to`, which is to come from window_end_v1, there is
 -- no more. Filters may be NULL.
@@ -108,27 +122,20 @@ SET enable_sort = off
 SET enable_incremental_sort = off
 SET max_parallel_workers_per_gather = 0
 SET jit = off
-SET TimeZone = 'UTC'  -- to_char(created AT TIME ZONE 'UTC', ...) would look the zone up for each record
+SET TimeZone = 'UTC'
+SET plan_cache_mode = force_generic_plan
 SET work_mem = '64MB'  -- else a part of more than 4 MB would go through a temporary file
 AS $read_part_v1$
+#variable_conflict use_column
 DECLARE
     most_looked_at CONSTANT integer := 50000;  -- where each is elsewhere on a cold disk, at 0.1 ms: 5 s
     wanted integer := least(max_rows, most_looked_at);
     looked_at text := '';
     matching text := rows_of_window_v1(method, status_code, ip);
     end_of_look text := '$2';
-    json CONSTANT text := $json$
-        string_agg(
-            '{"id":"' || id
-            || '","created":"' || to_char(created, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
-            || '","log":{"ip":"' || host(ip)
-            || '","method":"' || method
-            || '","uri":' || to_json(uri)
-            || ',"status_code":' || status_code
-            || '}}',
-            $7
-        )
-    $json$;
+    text_of_part CONSTANT text := CASE WHEN separator IS NULL THEN 'NULL::text' ELSE
+        'string_agg(record_json_v1(id, created, ip, method, uri, status_code), $7)' END;
+    unfiltered CONSTANT boolean := method IS NULL AND status_code IS NULL AND ip IS NULL;
 BEGIN
     PERFORM refuse_recovery();
     IF ip IS NOT NULL OR (method IS NOT NULL AND method_number(method) = 0) THEN  -- not all of these rows match
@@ -145,16 +152,36 @@ BEGIN
         $end_of_look$, most_looked_at);
     END IF;
     LOOP
-        RETURN QUERY EXECUTE format($statement$
-            %s
+        IF unfiltered AND separator IS NOT NULL THEN  -- as below, but planned once for a session: 7 % of an export
+            RETURN QUERY
             SELECT count,
-                   CASE WHEN count = $6 THEN last + interval '1 microsecond' ELSE %s END,
+                   CASE WHEN count = wanted THEN last + interval '1 microsecond' ELSE date_to END,
                    octet_length(part)::bigint,
                    part
-              FROM (SELECT count(*) AS count, max(created) AS last, %s AS part FROM (%s LIMIT $6) AS matching) AS made
-             WHERE count < 2 OR part IS NULL OR octet_length(part) <= $8
-        $statement$, looked_at, end_of_look, CASE WHEN separator IS NULL THEN 'NULL::text' ELSE json END, matching)
-        USING date_from, date_to, method, status_code, ip, wanted, separator, max_bytes;
+              FROM (SELECT count(*) AS count, max(created) AS last,
+                           string_agg(record_json_v1(id, created, ip, method, uri, status_code), separator) AS part
+                      FROM (SELECT id, created, ip, method, uri, status_code
+                              FROM logs
+                             WHERE created >= date_from
+                               AND created < date_to
+                             ORDER BY created
+                             LIMIT wanted) AS matching) AS made
+             WHERE count < 2
+                OR octet_length(part) <= max_bytes;
+        ELSE
+            RETURN QUERY EXECUTE format($statement$
+                %s
+                SELECT count,
+                       CASE WHEN count = $6 THEN last + interval '1 microsecond' ELSE %s END,
+                       octet_length(part)::bigint,
+                       part
+                  FROM (SELECT count(*) AS count, max(created) AS last, %s AS part FROM (%s LIMIT $6) AS matching) AS made
+                 WHERE count < 2
+                    OR part IS NULL
+                    OR octet_length(part) <= $8
+            $statement$, looked_at, end_of_look, text_of_part, matching)
+            USING date_from, date_to, method, status_code, ip, wanted, separator, max_bytes;
+        END IF;
         EXIT WHEN FOUND;
         wanted := greatest(1, wanted / 4);
     END LOOP;
