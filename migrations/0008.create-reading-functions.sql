@@ -1,7 +1,7 @@
 -- depends: 0007.index-for-reading
 -- What every GET reads through. What reading needs of a session stands in SET clauses, as poolers share sessions.
--- The planner's switches leave one plan: an index gives the order that is asked for, nothing is sorted. So the cost does
--- not depend on statistics, which a table that was just filled or restored does not have, or has wrong.
+-- The planner's switches leave one plan: an index gives the order that is asked for, nothing is sorted. So the cost
+-- does not depend on statistics, which a table that was just filled or restored does not have, or has wrong.
 
 -- Where a window that was asked for really ends: at the newest record + 1 µs at most, below which nothing will ever be
 -- added (see 0004), and not before its own start. `date_to` NULL: until now.
@@ -78,15 +78,20 @@ BEGIN
         RETURN in_window || ' ORDER BY created';
     END IF;
     RETURN format('SELECT id, created, ip, method, uri, status_code FROM (%s) AS merged', (
-        SELECT coalesce(string_agg(format('(%s AND method_number(method) - status_code = %s%s)', in_window, kind, in_order),
-                                   ' UNION ALL '), in_window || ' AND FALSE')
+        SELECT coalesce(
+                   string_agg(
+                       format('(%s AND method_number(method) - status_code = %s%s)', in_window, kind, in_order),
+                       ' UNION ALL '
+                   ),
+                   in_window || ' AND FALSE'
+               )
           FROM kinds_v1(method, status_code) AS kind
     )) || in_order;
 END
 $rows_of_window_v1$;
 
--- The JSON of a record, for a session whose TimeZone is UTC: to_char(created AT TIME ZONE 'UTC', ...) would look the zone
--- up for each. A method is a token and has nothing to escape; a URI may. The planner puts it in place of its calls.
+-- The JSON of a record, for a session whose TimeZone is UTC: to_char(created AT TIME ZONE 'UTC', ...) would look the
+-- zone up for each. A method is a token and has nothing to escape, a URI may. The planner inlines it.
 CREATE OR REPLACE FUNCTION record_json_v1(
     id uuid, created timestamptz, ip inet, method text, uri text, status_code smallint
 )
@@ -106,9 +111,9 @@ RETURN '{"id":"' || id
 -- than `max_bytes`, fewer records are given, but one at least. `separator` NULL: they are only counted.
 --
 -- Why no row is passed by: if as many rows match as were wanted, the next part starts 1 µs after the last of them. If
--- fewer do, every row that was looked at has been judged. Those are either all of the window, or as many as may be looked
--- at: then the next part starts 1 µs after the last one.
--- A scan of a materialized WITH takes its rows one by one, as they are asked for, in their order: a LIMIT ends it early.
+-- fewer do, every row that was looked at has been judged. Those are either all of the window, or as many as may be
+-- looked at: then the next part starts 1 µs after the last one.
+-- A scan of a materialized WITH takes its rows one by one, as they are asked for, in their order: LIMIT ends it early.
 -- RETURN QUERY, because a text of 1 MB would be copied four times more on its way through variables.
 CREATE OR REPLACE FUNCTION read_part_v1(
     date_from timestamptz, date_to timestamptz, method text, status_code smallint, ip inet,
@@ -175,7 +180,8 @@ BEGIN
                        CASE WHEN count = $6 THEN last + interval '1 microsecond' ELSE %s END,
                        octet_length(part)::bigint,
                        part
-                  FROM (SELECT count(*) AS count, max(created) AS last, %s AS part FROM (%s LIMIT $6) AS matching) AS made
+                  FROM (SELECT count(*) AS count, max(created) AS last, %s AS part
+                          FROM (%s LIMIT $6) AS matching) AS made
                  WHERE count < 2
                     OR part IS NULL
                     OR octet_length(part) <= $8
