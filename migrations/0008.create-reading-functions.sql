@@ -62,8 +62,11 @@ END
 $kinds_v1$;
 
 -- The statement that gives the rows of a window in their order: through the address if there is one, else through a
--- rare method's name, else by merging kinds. Its parameters: $1 date_from, $2 date_to, $3 method, $5 ip.
-CREATE OR REPLACE FUNCTION rows_of_window_v1(method text, status_code smallint, ip inet)
+-- rare method's name, else by merging the kinds that are in the window (to plan a kind costs 0.5 ms, to look for one
+-- 0.02). Its parameters: $1 date_from, $2 date_to, $3 method, $5 ip.
+CREATE OR REPLACE FUNCTION rows_of_window_v1(
+    date_from timestamptz, date_to timestamptz, method text, status_code smallint, ip inet
+)
 RETURNS text LANGUAGE plpgsql STABLE AS $rows_of_window_v1$
 DECLARE
     in_window CONSTANT text :=
@@ -86,6 +89,13 @@ BEGIN
                    in_window || ' AND FALSE'
                )
           FROM kinds_v1(method, status_code) AS kind
+         WHERE (SELECT TRUE
+                  FROM logs
+                 WHERE method_number(logs.method) - logs.status_code = kind
+                   AND logs.created >= date_from
+                   AND logs.created < date_to
+                 ORDER BY logs.created NULLS FIRST
+                 LIMIT 1)
     )) || in_order;
 END
 $rows_of_window_v1$;
@@ -136,7 +146,7 @@ DECLARE
     most_looked_at CONSTANT integer := 50000;  -- where each is elsewhere on a cold disk, at 0.1 ms: 5 s
     wanted integer := least(max_rows, most_looked_at);
     looked_at text := '';
-    matching text := rows_of_window_v1(method, status_code, ip);
+    matching text := rows_of_window_v1(date_from, date_to, method, status_code, ip);
     end_of_look text := '$2';
     text_of_part CONSTANT text := CASE WHEN separator IS NULL THEN 'NULL::text' ELSE
         'string_agg(record_json_v1(id, created, ip, method, uri, status_code), $7)' END;
