@@ -141,7 +141,8 @@ BEGIN
         RETURN NULL;
     END IF;
     RAISE EXCEPTION 'rows of logs come through the function store_logs_v2 only: readers would miss others; call it, or, '
-        'to mend or restore rows while nothing else runs, SET session_replication_role = replica' USING ERRCODE = 'LP002';
+        'to mend or restore rows while nothing else runs, SET session_replication_role = replica'
+        USING ERRCODE = 'LP002';
 END
 $guard_logs$;
 

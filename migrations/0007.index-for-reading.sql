@@ -2,12 +2,12 @@
 -- transactional: false
 -- Two indexes through which a window with one filter costs what its records cost, whatever the values and however they
 -- are distributed, and a third for what is rare (bench/NOTES.md has what was measured):
---   * logs_kind_created_idx holds method and status together: kind = method_number - status_code. The rows of a status are in
---     8 ranges of it, those of a usual method in as many as it has statuses, those of both in one; read_part_v1 merges
---     the ranges. GET 200 is last, as most lines are: appending to an index's end costs less than to its middle.
+--   * logs_kind_created_idx holds method and status together: kind = method_number - status_code. The rows of a status
+--     are in 8 ranges of it, those of a usual method in as many as it has statuses, those of both in one; read_part_v1
+--     merges the ranges. GET 200 is last: most lines are that, and an index's end costs less to append to.
 --   * All other methods have the number 0. logs_other_method_created_idx has their names: usually none or a few.
---   * logs_ip_number_created_idx has a number for each address, which is compared in less time than the address: one of its
---     own for IPv4, a hash for IPv6. Addresses that share a number are told apart when they are read.
+--   * logs_ip_number_created_idx has a number for each address, which is compared in less time than the address: one
+--     of its own for IPv4, a hash for IPv6. Addresses that share a number are told apart when they are read.
 -- NULLS FIRST, though nothing is NULL, for the plan's sake: rows in the order `created NULLS FIRST` can come from these
 -- indexes only, and from each only for its own column's filter. With sorting switched off one plan is left.
 -- Built beside running inserts (CONCURRENTLY); a build that was killed half-way leaves an invalid index behind, hence

@@ -240,6 +240,36 @@ def test_a_dump_can_be_restored_and_is_guarded_again(
         assert store(restored, line()).first_created > rows(connection)[-1].created
 
 
+@pytest.fixture
+def primary() -> Iterator[Postgres]:
+    """A PostgreSQL of its own, which may be set otherwise and is small enough to copy."""
+    with new_postgres() as cluster:
+        yield cluster
+
+
+def test_logical_replication_applies_rows_past_the_guard(primary: Postgres) -> None:
+    with psycopg.connect(primary.url("postgres"), autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET wal_level = 'logical'")
+    primary.stop()
+    primary.start()
+    source, target = primary.create_logs(), primary.create_logs()
+    with (
+        psycopg.connect(source, autocommit=True, row_factory=namedtuple_row) as publisher,
+        psycopg.connect(target, autocommit=True, row_factory=namedtuple_row) as subscriber,
+    ):
+        store(publisher, line())
+        publisher.execute("CREATE PUBLICATION logs FOR TABLE logs")
+        publisher.execute("SELECT pg_create_logical_replication_slot('logs', 'pgoutput')")
+        subscriber.execute(
+            f"CREATE SUBSCRIPTION logs CONNECTION '{source}' PUBLICATION logs WITH (create_slot = FALSE)".encode()
+        )
+        wait_until(lambda: rows(subscriber) == rows(publisher), SECONDS, "the first copy")
+        store(publisher, line("/b"))
+        wait_until(lambda: rows(subscriber) == rows(publisher), SECONDS, "what came since")
+        assert_refused(subscriber, PAST[0])
+        subscriber.execute("DROP SUBSCRIPTION logs")
+
+
 # ---- The range of `created` -----------------------------------------------------------------------------------------
 
 
@@ -262,13 +292,6 @@ def test_where_created_cannot_grow_any_more_the_error_names_its_range(url: str, 
 
 
 # ---- A server in recovery -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def primary() -> Iterator[Postgres]:
-    """A PostgreSQL of its own, which is small: all of it is copied."""
-    with new_postgres() as cluster:
-        yield cluster
 
 
 def test_a_standby_is_refused_for_reading_and_for_storing(primary: Postgres) -> None:
