@@ -198,7 +198,7 @@ def test_while_postgresql_is_out_of_disk_nothing_is_confirmed_reading_goes_on_an
     under_load: Backend, victim: Postgres
 ) -> None:
     """No file of its processes may grow beyond the size that the table has now; the log's segments are smaller."""
-    with psycopg.connect(under_load.database_url, autocommit=True) as connection:
+    with past_the_guard(under_load.database_url) as connection:
         connection.execute("ALTER TABLE logs SET (autovacuum_enabled = FALSE)")
         with connection.transaction():  # rows that nobody ever sees, and that take room
             connection.execute(BACKLOG, {"after": "2026-01-01Z", "count": 300_000})
