@@ -94,8 +94,9 @@ SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary f
 
 # How work is cut up
 QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
-PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
-PART_BYTES = 1024**2  # and the text that it may have: where records are longer, a part has fewer of them
+PART_ROWS = 4_000  # usual records in a part of an export: 0.8 MB
+PART_BYTES = 1024**2  # its text may have no more: where records are longer, a part has fewer of them
+STATEMENT_ROWS = PART_ROWS // 2  # records that one statement fetches: cheapest for the server (bench/NOTES.md)
 FIRST_PART_SECONDS = 1.0  # where matches are rare, a reply begins before its first part is full
 RECEIVE_BYTES = 128 * 1024  # taken from a connection at a time
 HEAD_PIECE_BYTES = 4096  # of it given to the parser at a time
@@ -1030,7 +1031,7 @@ class Window:
     def __init__(self, read: Callable[..., Any], asked: Mapping[str, Any], separator: bytes) -> None:
         self._read, self._asked, self._separator = read, asked, separator
         self._parameters = {**asked, "separator": separator.decode(), "bytes": PART_BYTES}
-        self._rows = PART_ROWS
+        self._rows = STATEMENT_ROWS
 
     def parts(self) -> Iterator[Part]:
         """At least one. Raises Unavailable."""
@@ -1063,7 +1064,7 @@ class Window:
         count, start, size, text = self._read(READ_PART, {**self._parameters, "rows": self._rows})
         self._parameters["date_from"] = start
         if count:
-            self._rows = max(1, min(PART_ROWS, count * PART_BYTES // size))
+            self._rows = max(1, min(STATEMENT_ROWS, count * PART_BYTES // size))
         return count, text or b""
 
 
