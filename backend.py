@@ -67,6 +67,7 @@ MAX_BATCH_LINES = 10_000  # one statement of this size holds the stamping lock f
 MAX_JSON_VALUES = 8 * MAX_BATCH_LINES  # a line with an id has 4; a list of nothing takes 20 times its text in memory
 MAX_URI_BYTES = 8192
 MAX_LIMIT = 1_000_000
+MAX_HEAD_BYTES = 32 * 1024  # with all headers
 CHUNK_LINE_BYTES = 8192  # a chunk's size with its extensions; all trailers
 
 # How long it may take
@@ -87,7 +88,7 @@ WORKERS_END_SECONDS = 5.0  # then a worker that is still there is killed
 # What all requests of a process may have together
 CONNECTION_LIMIT = 4096  # fewer where RLIMIT_NOFILE leaves less
 RESERVED_FILES = 160  # of RLIMIT_NOFILE: bodies on disk (64), and what a process has open anyway; sessions come on top
-BODIES_BYTES = 64 * 1024**2  # bodies that are being received, or wait to be read
+BODIES_BYTES = 64 * 1024**2  # requests that are being received, or wait to be read
 REPLIES_BYTES = 64 * 1024**2  # replies that wait for their readers
 QUEUE_BYTES = 32 * 1024**2  # memory of lines that wait for a commit. Past it: 503
 SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary file
@@ -98,9 +99,11 @@ PART_ROWS = 4_000  # usual records in a part of an export: 0.8 MB
 PART_BYTES = 1024**2  # its text may have no more: where records are longer, a part has fewer of them
 STATEMENT_ROWS = PART_ROWS // 2  # records that one statement fetches: cheapest for the server (bench/NOTES.md)
 FIRST_PART_SECONDS = 1.0  # where matches are rare, a reply begins before its first part is full
-RECEIVE_BYTES = 128 * 1024  # taken from a connection at a time
+RECEIVE_BYTES = 128 * 1024  # taken from a connection at a time, of a body
+FIRST_RECEIVE_BYTES = 16 * 1024  # the same of anything else
 HEAD_PIECE_BYTES = 4096  # of it given to the parser at a time
 CHUNKS_PIECE_BYTES = 4096  # the same of chunks, beside the data that the current one still lacks
+OUTBUF_BYTES = 64 * 1024  # of a reply in one buffer
 UNSENT_BYTES = 1024**2  # of a reply that wait for their reader before the next part is fetched
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
@@ -255,9 +258,10 @@ def what_is_wrong(line: str) -> str:
         return "the line is not valid UTF-8"
     if control := re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
         return f"the line contains the control character U+{ord(control[0]):04X}"
-    values = re.split(BLANKS, line) if line else []
-    if len(values) != len(FIELDS):
-        return f"expected the {len(FIELDS)} fields IP METHOD URI STATUS, found {len(values)}"
+    count = sum(1 for _ in re.finditer(BLANKS, line)) + bool(line)
+    if count != len(FIELDS):
+        return f"expected the {len(FIELDS)} fields IP METHOD URI STATUS, found {count}"
+    values = re.split(BLANKS, line)
     check_address(values[0])
     return next(
         f"{value[:80]!r} is not a valid {field.title}"
@@ -521,6 +525,7 @@ class Session:
         self._connection: Connection | None = None
         self._warnings: list[str] = []  # that came with the last statement
         self.repeated = False  # the last statement was sent more than once
+        self.begun = 0.0  # when it was sent first, by the monotonic clock
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Any:
         """The first row. If the connection is lost, the statement is repeated: at once if it was an old one, which may
@@ -528,7 +533,7 @@ class Session:
 
         Raises Unavailable, and psycopg's DataError or IntegrityError if a value is refused.
         """
-        self.repeated = False
+        self.repeated, self.begun = False, time.monotonic()
         latest, pause = time.monotonic() + STATEMENT_SECONDS / 2, 0.1
         while True:
             fresh = self._connection is None
@@ -632,6 +637,7 @@ class Ticket:
 
     columns: tuple[bytes, ...]  # in the order of COLUMNS; see Column
     count: int
+    reasons_size: int  # bytes of memory of what is refused already
     answer: Callable[[Stored], tuple[str, dict[str, Any]]]  # status and body; may raise HTTPError
     since: float = field(default_factory=time.monotonic)
     outcome: Stored | Failed | None = None
@@ -640,7 +646,7 @@ class Ticket:
     @property
     def size(self) -> int:
         """Bytes of memory."""
-        return sum(map(len, self.columns))
+        return sum(map(len, self.columns)) + self.reasons_size
 
 
 class GroupCommit:
@@ -699,7 +705,8 @@ class GroupCommit:
             self._closing = True
             self._wake.notify()
         self._thread.join(seconds)
-        return sum(ticket.count for ticket in (*self._group, *self._waiting) if ticket.outcome is None)
+        with self._wake:
+            return sum(ticket.count for ticket in (*self._group, *self._waiting) if ticket.outcome is None)
 
     def _run(self) -> None:
         while group := self._take():
@@ -762,7 +769,8 @@ class GroupCommit:
         conflicting = set(conflicts or ())
         total = sum(ticket.count for ticket in tickets)
         if self._session.repeated and len(known) + len(conflicting) == total:
-            known, created = self._without_first_try(known, created)
+            lead = timedelta(seconds=ahead_seconds + time.monotonic() - self._session.begun)
+            known, created = self._without_first_try(known, created, created - lead)
         if len(known) + len(conflicting) < total:
             self._newest = created + total * MICROSECOND
         self._say_if_ahead(ahead_seconds)
@@ -778,19 +786,19 @@ class GroupCommit:
             first += ticket.count
 
     def _without_first_try(
-        self, known: Mapping[int, datetime], created: datetime
+        self, known: Mapping[int, datetime], created: datetime, begun: datetime
     ) -> tuple[Mapping[int, datetime], datetime]:
         """What was known before a statement that was repeated as its answer was lost, and the stamp of its first try.
 
         If the last try stored nothing, the first one was committed, or there was nothing to store. The rows that one
         statement stores have one stamp: `created` less the row's number. Two statements never have the same, as
         `created` only increases; so the rows with the greatest stamp are those of the first try, if that is later than
-        what was there before it. (Should another process have stored these very rows in the same moment, their sender
-        is told that they are new: it has sent them twice and hears it once.)
+        what was there before it, and than the moment when it was sent. (Should another process have stored these very
+        rows since that moment, their sender is told that they are new: it has sent them twice and hears it once.)
         """
         stamps = {n: moment - (n - 1) * MICROSECOND for n, moment in known.items()}
         newest = max(stamps.values(), default=EPOCH)
-        if self._newest is None or newest <= self._newest:
+        if self._newest is None or newest <= max(self._newest, begun):
             return known, created
         return {n: known[n] for n, stamp in stamps.items() if stamp != newest}, newest
 
@@ -924,37 +932,39 @@ def read_single(document: Any) -> Ticket:
         status = falcon.HTTP_200 if stored.known else falcon.HTTP_201
         return status, {"id": row[0], "created": format_date(stored.known.get(0, stored.created))}
 
-    return Ticket(as_columns([row]), 1, answer)
+    return Ticket(as_columns([row]), 1, 0, answer)
 
 
 def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket:
     """The good lines of a batch, which are stored in one transaction; the answer names the bad ones. Raises 400."""
     count = len(items)  # the answer must not hold on to `items`
     rows: dict[str, Row] = {}
-    indexes: list[int] = []  # of each row, where its line first stands in the batch
+    indexes: dict[str, list[int]] = {}  # of each row, where its line stands in the batch
     rejected: list[tuple[int, str]] = []
     for index, (item, new_id) in enumerate(zip(items, new_ids(count), strict=True)):
         try:
             row = parse(item, new_id)
             first = rows.setdefault(row[0], row)
-            if first is row:
-                indexes.append(index)
-            elif not same_line(first, row):
+            if first is not row and not same_line(first, row):
                 raise BadRequest("its id stands for a different line earlier in this batch")
+            indexes.setdefault(row[0], []).append(index)
         except BadRequest as error:
             rejected.append((index, str(error.description)))
     if not rows:
         raise nothing_stored(rejected)
+    places = list(indexes.values())
 
     def answer(stored: Stored) -> tuple[str, dict[str, Any]]:
-        refused = sorted([*rejected, *((indexes[n], STORED_DIFFERENTLY) for n in stored.conflicting)])
-        if len(stored.conflicting) == len(indexes):
+        conflicting = [index for n in stored.conflicting for index in places[n]]
+        refused = sorted([*rejected, *((index, STORED_DIFFERENTLY) for index in conflicting)])
+        if len(stored.conflicting) == len(places):
             raise nothing_stored(refused)
-        accepted = len(indexes) - len(stored.known) - len(stored.conflicting)
+        accepted = len(places) - len(stored.known) - len(stored.conflicting)
         body = {"accepted": accepted, "duplicates": count - len(refused) - accepted, "rejected": as_items(refused)}
         return falcon.HTTP_201, body
 
-    return Ticket(as_columns(list(rows.values())), len(rows), answer)
+    reasons_size = sum(sys.getsizeof(reason) for _, reason in rejected)
+    return Ticket(as_columns(list(rows.values())), len(rows), reasons_size, answer)
 
 
 def as_columns(rows: Sequence[Row]) -> tuple[bytes, ...]:
@@ -1313,7 +1323,8 @@ WAITRESS_NAMES = {
         "write_soon",
     ),
     waitress.server.TcpWSGIServer: (
-        "add_task", "channel_class", "del_channel", "handle_accept", "pull_trigger", "set_socket_options",
+        "add_task", "channel_class", "del_channel", "handle_accept", "handle_error", "pull_trigger",
+        "set_socket_options",
     ),
     waitress.wasyncore: ("readwrite",),
 }  # fmt: skip
@@ -1327,8 +1338,14 @@ def check_waitress() -> None:
         raise OSError(f"waitress has changed; it lacks {', '.join(missing)}: install the version of constraints.txt")
 
 
-TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$")
+TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:(.*)$")
+# waitress's own patterns need quadratic time where these do not match: 3 KB took a second, 24 KB minutes
+FIRST_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [^ ]+(?: HTTP/[0-9]\.[0-9])?")
+BLANKS_IN_A_ROW = b" " * 128
+LINE_ENDS = re.compile(rb"(?:\r\n)*+")  # before a request (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"(0*[1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")  # without extensions, and not the last one
+CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]+[ \t]*(;[^\r\n]*)?\r\n")
+TRAILERS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n]*+\r\n)*+\r\n")
 
 
 class Refusal(waitress.utilities.Error):  # type: ignore[misc]
@@ -1389,6 +1406,11 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 
     def parse_header(self, header_plus: bytes) -> None:
         """Raises ParsingError."""
+        if self.header_bytes_received < self.adj.max_request_header_size:  # else it is waitress's own stand-in
+            if not FIRST_LINE.fullmatch(header_plus.partition(b"\r\n")[0]):
+                raise waitress.parser.ParsingError("Start line is invalid")
+            if BLANKS_IN_A_ROW in header_plus.replace(b"\t", b" "):
+                raise waitress.parser.ParsingError("Too many blanks in a row")
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # a target or a length that Python's own functions do not take
@@ -1405,7 +1427,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         if self.version not in ("", "1.0", "1.1"):
             return Refusal(falcon.HTTP_505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
         host = self.headers.get("HOST", "")
-        codings = [coding.lower() for coding in TRANSFER_ENCODING.findall(head)]
+        codings = [coding.strip(b" \t\r").lower() for coding in TRANSFER_ENCODING.findall(head)]
         for wrong, reason in (
             (not self.version, "its first line has no version"),
             (re.search(rb"\n[ \t]", head), "a header goes over several lines"),
@@ -1431,10 +1453,28 @@ class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
         while taken < len(data) and not self.completed and self.error is None:
             taken = self._take_whole(data, taken)
             room = CHUNK_LINE_BYTES + len(b"\r\n") - len(self.control_line) - len(self.trailer)
-            taken += super().received(data[taken : taken + room])
+            piece = self._next_piece(data, taken)[:room]
+            if self._expects_size and piece.endswith(b"\n") and not CHUNK_LINE.fullmatch(self.control_line + piece):
+                self.error = Refusal(falcon.HTTP_400, "a chunk's size is no number, or its line is not ended by CR LF")
+                break
+            taken += super().received(piece)
+            if self.completed and self.trailer and not TRAILERS.fullmatch(self.trailer):
+                self.error = Refusal(falcon.HTTP_400, "its trailers are no headers")
             if max(len(self.control_line.rstrip(b"\r")), len(self.trailer)) > CHUNK_LINE_BYTES:
                 self.error = Refusal(falcon.HTTP_400, f"a chunk's size or trailers have over {CHUNK_LINE_BYTES} bytes")
         return taken
+
+    @property
+    def _expects_size(self) -> bool:
+        return not (self.chunk_remainder or self.validate_chunk_end or self.all_chunks_received)
+
+    def _next_piece(self, data: bytes, start: int) -> bytes:
+        """What waitress is to take at once: no more than one line, or one chunk, so that each line is seen here."""
+        if self.chunk_remainder:
+            return data[start : start + self.chunk_remainder]
+        if self.validate_chunk_end:
+            return data[start : start + 2 - len(self.chunk_end)]
+        return data[start : data.find(b"\n", start) + 1 or None] if self._expects_size else data[start:]
 
     def _take_whole(self, data: bytes, start: int) -> int:
         """Takes the chunks that stand there from their first byte to their last; where they end."""
@@ -1556,10 +1596,12 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.server.mark(self)
 
     def write_soon(self, data: bytes) -> int:
-        written: int = super().write_soon(data)
+        for start in range(0, len(data), OUTBUF_BYTES):  # a buffer keeps its memory until all of it is sent
+            self.current_outbuf_count = self.adj.outbuf_high_watermark  # each piece begins one of its own
+            super().write_soon(data[start : start + OUTBUF_BYTES])
         if self.total_outbufs_len:
             self.server.mark(self)  # the loop sends the rest
-        return written
+        return len(data)
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         sent: int = super().send(data, do_close)
@@ -1597,6 +1639,12 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         except OSError:
             self.handle_close()
 
+    def recv(self, buffer_size: int) -> bytes:
+        """Much at a time only of a body: 4,096 connections may send whatever they like behind a request in hand."""
+        in_body = self.request is not None and self.request.headers_finished
+        received: bytes = super().recv(buffer_size if in_body else FIRST_RECEIVE_BYTES)
+        return received
+
     def received(self, data: bytes) -> None:
         self._unparsed += data
 
@@ -1604,6 +1652,10 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         """Bytes become the next request; while one is in hand, those behind it stay bytes, which take less memory."""
         data, start = self._unparsed, 0
         while start < len(data) and not self.requests and not self._is_held_up:
+            if self.request is None:
+                start = LINE_ENDS.match(data, start).end()  # type: ignore[union-attr]
+                if start == len(data):
+                    break
             request = self.request = self.request or Request(self.adj)
             end = start + request.appetite
             try:
@@ -1640,11 +1692,12 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         request = self.requests.pop()
         if ended == "needs body":
             self.request, request.admitted, request.since = request, True, time.monotonic()
-            if request.expect_continue:
+            if request.expect_continue and self.connected:
                 self.send_continue()
             return
         request.close()
-        self.close_when_flushed = self.close_when_flushed or ended == "closing"
+        if ended == "closing":
+            self.close_when_flushed, self._unparsed = True, b""
         self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer begins a buffer of its own
 
     def refuse(self, error: Refusal) -> None:
@@ -1674,6 +1727,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         """Says that no more comes, and throws away what still comes in. To close at once would be to reset the
         connection, and a reset can overtake the answer (RFC 9112, 9.6)."""
         self.close_when_flushed, self.lingering, self.since = False, True, time.monotonic()
+        self._unparsed = b""
         try:
             self.socket.shutdown(socket.SHUT_WR)
         except OSError:
@@ -1686,9 +1740,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             self.drop_requests()
 
     def held(self) -> tuple[int, int]:
-        """Bytes of bodies that are not read yet, and of replies that are not sent."""
+        """Bytes of requests that are not read yet, and of replies that are not sent."""
         request = self.request if self.request is not None else self.requests[0] if self.requests else None
-        return len(self._unparsed) + (request.size if request is not None else 0), self.total_outbufs_len
+        received = request.size + request.header_bytes_received if request is not None else 0
+        unsent = self.total_outbufs_len + OUTBUF_BYTES if self.total_outbufs_len else 0  # one may be sent in part
+        return len(self._unparsed) + received, unsent
 
     # The loop: time
 
@@ -1787,6 +1843,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
                 outbuf_high_watermark=UNSENT_BYTES,
                 outbuf_overflow=2 * UNSENT_BYTES,  # so that replies need no temporary file
                 inbuf_overflow=SPILL_BYTES,
+                max_request_header_size=MAX_HEAD_BYTES,
                 max_request_body_size=sys.maxsize,  # Request and the application judge that
                 log_socket_errors=False,
                 ident=None,
@@ -1823,10 +1880,10 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     def step(self, seconds: float) -> None:
         """One turn of the loop."""
         events = self._epoll.poll(0 if self._quick or self._changed else seconds)
-        for descriptor, flags in events:
-            part = self._parts.get(descriptor)
+        for part, flags in [(self._parts.get(descriptor), flags) for descriptor, flags in events]:
             if isinstance(part, Channel):
-                self._guarded(self._handle, part, flags)
+                if part.socket is not None:  # closed in this turn; its descriptor may be another's by now
+                    self._guarded(self._handle, part, flags)
             elif part is not None:
                 waitress.wasyncore.readwrite(part, flags)
         self._woken = False  # before the queues are emptied: who adds to them from now on wakes the loop
@@ -1919,6 +1976,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
             return
         try:
             connection, address = self.socket.accept()
+            self._epoll.register(connection, select.EPOLLIN)
             self.set_socket_options(connection)
             channel = Channel(self, connection, address, self.adj, map=self._parts)
         except (BlockingIOError, ConnectionError):
@@ -1926,8 +1984,11 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         except OSError as error:  # no descriptors left, or no memory
             self._make_room(error.strerror or str(error))
             return
-        self._epoll.register(connection, select.EPOLLIN)
         channel.listens_to = select.EPOLLIN
+
+    def handle_error(self) -> None:
+        """waitress would close the listener."""
+        log.exception("accepting a connection failed")
 
     def _make_room(self, reason: str) -> bool:
         """Closes some connections that wait for nothing from us: idle ones first, then unfinished heads, then bodies;
@@ -1967,8 +2028,9 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         """Keeps within the budgets for bodies and replies: whoever has held the most for the longest gives way."""
         self._count_as(channel, channel.held())
         if self._bodies > BODIES_BYTES:
-            receiving = [one for one in self._channels() if one.request is not None and not one.busy and one.holds[0]]
-            self._refuse_body(max(receiving, key=byte_seconds, default=channel))
+            holding = [one for one in self._channels() if one.holds[0] and not one.busy]
+            if holding:
+                self._refuse_body(max(holding, key=byte_seconds))
         if self._replies > REPLIES_BYTES:
             sending = [one for one in self._channels() if one.holds[1]]
             largest = max(sending, key=byte_seconds)
@@ -1980,8 +2042,10 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         channel.holds = holds
 
     def _refuse_body(self, channel: Channel) -> None:
-        if channel.busy or not (channel.request or channel.requests):
-            return
+        if (
+            channel.request is None and not channel.requests
+        ):  # what it holds stands behind a reply that it does not take
+            return channel.cut_off("it sent requests and did not take their replies")
         channel.refuse(Refusal(falcon.HTTP_503, "Too many unfinished bodies; nothing was stored, send it again"))
         self._count_as(channel, channel.held())
         self.mark(channel)

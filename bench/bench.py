@@ -235,7 +235,7 @@ def own_cpu_seconds(printed: str) -> float:
     """User and system time of the session that printed its /proc/self/stat last."""
     found = re.search(r"\(postgres\) (.+)", printed)
     assert found, printed
-    return sum(map(int, found[1].split()[11:13])) / TICKS_PER_SECOND
+    return sum(map(int, found[1].split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def sessions_cpu_seconds(url: str) -> float:

@@ -266,6 +266,16 @@ def test_of_two_lines_that_race_for_an_id_one_is_stored_and_the_other_told_409(b
         assert line_of(record_of(backend, answer.json())) == won
 
 
+def test_a_line_that_stands_twice_under_the_id_of_another_is_rejected_twice(backend: Backend) -> None:
+    stored = store(backend, id=str(uuid.uuid4()))
+    other = {"id": stored["id"], "log": "9.9.9.9 PUT /another 500"}
+    answer = post(backend, [other, other, {"log": LINE}])
+    assert (answer.json()["accepted"], answer.json()["duplicates"]) == (1, 0)
+    assert [item["index"] for item in answer.json()["rejected"]] == [0, 1]
+    body = assert_problem(post(backend, [other, other]), 400)
+    assert [item["index"] for item in body["rejected"]] == [0, 1]
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -309,6 +309,48 @@ def test_a_million_chunks_of_one_byte_are_read_and_hold_up_nobody(backend: Backe
     assert (status, json.loads(answer)["accepted"]) == (201, 8_000)
 
 
+STUPID_HEADS = {
+    "a long authority": b"GET a://" + b"1" * 24_000 + b" y HTTP/1.1\r\nHost: a\r\n\r\n",
+    "blanks in a header": b"GET / HTTP/1.1\r\nHost: a\r\nX:" + b" " * 24_000 + b"\x01\r\n\r\n",
+    "blanks in a coding": b"GET / HTTP/1.0\r\nTransfer-Encoding: a" + b" " * 24_000 + b"b\r\n\r\n",
+    "tabs": b"GET / HTTP/1.1\r\nHost: a\r\nX: a" + b"\t" * 24_000 + b"\x01\r\n\r\n",
+    "thousands of headers": b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a:\r\n" * 60_000,
+}
+
+
+@pytest.mark.parametrize("head", STUPID_HEADS)
+def test_a_head_that_is_made_to_be_slow_holds_up_nobody(backend: Backend, twin: Backend, head: str) -> None:
+    with neighbour(backend, twin) as client:
+        for _ in range(5):
+            [answer] = exchange(backend.url, STUPID_HEADS[head])
+            assert answer.status in (400, 404, 431)
+        client.stay(5)
+
+
+def test_a_flood_of_line_feeds_before_a_request_holds_up_nobody(backend: Backend, twin: Backend) -> None:
+    with neighbour(backend, twin, is_flood=True) as client, connect(backend.url) as connection:
+        for _ in range(40):
+            connection.sendall(b"\r\n" * 30_000)
+        client.stay(5)
+        connection.sendall(ASKED["readyz"])
+        assert read_answers(connection, 1)[0][0] == 200
+
+
+def test_who_pipelines_and_does_not_read_takes_no_room_from_others(backend: Backend, twin: Backend) -> None:
+    page = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: a\r\n\r\n"
+    behind = b"GET /api/health HTTP/1.1\r\nHost: a\r\n\r\n" * 2_000
+    with ExitStack() as stack, neighbour(backend, twin) as client:
+        for n in range(400):
+            connection = stack.enter_context(connect(backend.url))
+            connection.setblocking(False)
+            with suppress(BlockingIOError):
+                connection.send((page if n % 2 else CLOSE_AT_ONCE) + behind)
+        client.stay(10)
+
+
+CLOSE_AT_ONCE = b"GET /api/health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+
 # ---- Large bodies ---------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +420,7 @@ EXPENSIVE: dict[str, tuple[Callable[[], str], str, int]] = {
     "escapes": (lambda: filled("\\u00e9", '[{"log":"', '"}]'), "application/json", 400),
     "line feeds": (lambda: filled("\n", "", ""), "text/plain", 400),
     "short lines": (lambda: filled("a\n", "", ""), "text/plain", 400),
+    "words": (lambda: filled("a ", "", ""), "text/plain", 400),
     "an emoji": (lambda: "192.0.2.1 GET /\U0001f600 200\n" + GOOD * 9_990, "text/plain", 201),
     "an emoji in JSON": (
         lambda: json.dumps([{"log": "192.0.2.1 GET /\U0001f600 200"}, *[{"log": GOOD}] * 9_900], ensure_ascii=False),

@@ -131,6 +131,23 @@ def test_a_line_whose_answer_was_lost_after_the_commit_is_new_and_sent_again_it_
     assert cutter.cuts == 2
 
 
+def test_what_another_process_stored_is_no_first_try_of_a_session_that_was_lost(
+    cutting: tuple[Backend, CuttingSocket], start_backend: StartBackend, postgres: Postgres
+) -> None:
+    backend, _ = cutting
+    assert post(backend, new_item()).status_code == 201
+    name = backend.database_url.split("/")[3].split("?")[0]
+    other = start_backend(DATABASE_URL=postgres.url(name))
+    single, batch = new_item(), [new_item() for _ in range(3)]
+    assert post(other, single).status_code == 201
+    assert post(other, batch).status_code == 201
+    for document, wanted in ((single, 200), (batch, {"accepted": 0, "duplicates": 3, "rejected": []})):
+        with psycopg.connect(postgres.url(name), autocommit=True) as connection:
+            connection.execute("SELECT pg_terminate_backend(pid) FROM (" + STORING_SESSIONS.replace(";", "") + ") AS a")
+        answer = post(backend, document)
+        assert answer.json() == wanted or answer.status_code == wanted
+
+
 # ---- A statement that takes too long --------------------------------------------------------------------------------
 
 STORING_SESSIONS = """
