@@ -1829,6 +1829,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self._ticked_at = time.monotonic()
         self._bodies = self._replies = 0  # bytes that all channels hold
         self._listening = True
+        self._events = 0  # in this turn
         most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = max(16, min(CONNECTION_LIMIT, most_files - RESERVED_FILES - 2 * threads))
         self._full = Outage("connections", "%s: %s; closing the idle ones", "%s: below the limit again after %.1f s")
@@ -1880,6 +1881,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     def step(self, seconds: float) -> None:
         """One turn of the loop."""
         events = self._epoll.poll(0 if self._quick or self._changed else seconds)
+        self._events = len(events)
         for part, flags in [(self._parts.get(descriptor), flags) for descriptor, flags in events]:
             if isinstance(part, Channel):
                 if part.socket is not None:  # closed in this turn; its descriptor may be another's by now
@@ -1972,6 +1974,12 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     # Connections and epoll
 
     def handle_accept(self) -> None:
+        """One at a time leaves some for the other workers; but a turn of a busy loop is long, and many may wait."""
+        for _ in range(1 + self._events // 4):
+            if self.accepting and self._listening:
+                self._accept_one()
+
+    def _accept_one(self) -> None:
         if len(self.active_channels) >= self._most and not self._make_room(f"the limit of {self._most} is reached"):
             return
         try:
