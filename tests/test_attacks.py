@@ -338,13 +338,14 @@ def test_a_flood_of_line_feeds_before_a_request_holds_up_nobody(backend: Backend
 
 def test_who_pipelines_and_does_not_read_takes_no_room_from_others(backend: Backend, twin: Backend) -> None:
     page = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: a\r\n\r\n"
-    behind = b"GET /api/health HTTP/1.1\r\nHost: a\r\n\r\n" * 300
     with ExitStack() as stack, neighbour(backend, twin, is_flood=True) as client:
         for n in range(400):
             connection = stack.enter_context(connect(backend.url))
             connection.setblocking(False)
             with suppress(BlockingIOError):
-                connection.send((page if n % 2 else CLOSE_AT_ONCE) + behind)
+                connection.send((page if n % 2 else CLOSE_AT_ONCE) + b"x" * 100_000)
+            if n % 20 == 0:
+                client.stay(1)
         client.stay(10)
 
 
