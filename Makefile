@@ -59,7 +59,7 @@ compose-clean: .env ## Remove the containers and all that they stored
 # ---- Tests -------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: $(TEST_READY) chromium ## Install what the tests need and run them all; ARGS="-k name" for some
+test: $(TEST_READY) chromium logrotate ## Install what the tests need and run them all; ARGS="-k name" for some
 	@$(VENV)/bin/python -m pytest --numprocesses=4 --dist=loadfile $(ARGS)
 
 .PHONY: test-compose
@@ -93,6 +93,18 @@ chromium:
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	else \
 	  echo "the test of /docs needs Chromium: install it (Debian: sudo apt-get install chromium)" >&2; \
+	  exit 1; \
+	fi
+
+.PHONY: logrotate
+logrotate:
+	@if command -v logrotate >/dev/null || [ -x /usr/sbin/logrotate ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing logrotate for the tests of rotation"; \
+	  apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends logrotate >/dev/null; \
+	else \
+	  echo "the tests of rotation need logrotate: install it (Debian: sudo apt-get install logrotate)" >&2; \
 	  exit 1; \
 	fi
 

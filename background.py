@@ -573,7 +573,8 @@ def mend_after_power_cut(descriptor: int, path: str) -> None:
     created = RECORD.findall(whole)
     if created and (len(created) != whole.count(b"\n") or not all(map(lt, created, created[1:]))):
         raise Unusable(f"{path}: not all of its last lines are records in order; run background.py verify, and mend it")
-    if hole >= 0 and (created or (not whole and (RECORD_START in end or not end.strip(b"\0")))):
+    ours = created or not (start or whole or (end.strip(b"\0") and RECORD_START not in end))
+    if hole >= 0 and ours:
         log.warning("%s: cut off %d bytes: a power cut left zeros among them", path, len(end) - len(whole))
         os.ftruncate(descriptor, start + len(whole))
         os.fsync(descriptor)
