@@ -1216,9 +1216,11 @@ def reconcile_in(folder: Folder, settings: Settings, file: SharedFile, agreed: b
     print("Exporters then append them again, with a new `created`: who follows the file sees them a second time.")
     if agreed is None:
         return 0
-    if not agreed and input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        print("nothing was changed")
-        return 1
+    if not agreed:
+        print("Go on? [y/N] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nothing was changed")
+            return 1
     file.keep(lines_behind(folder, common))
     give_back(source, lines_behind(folder, common))
     file.cut_behind(common)
