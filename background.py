@@ -460,7 +460,7 @@ class Part(NamedTuple):
 
     name: str
     path: str
-    first: str  # `created` of its first record
+    first: str  # `created` of its first record; "" if a power cut left only zeros or a half of it
     status: os.stat_result
     compressed: bool
     ours: bool  # by its name; it may be a part under any other name as well
@@ -504,7 +504,7 @@ def owner_of(name: str, owners: set[str]) -> str:
 
 
 def look_at(folder: Folder, name: str, ours: bool) -> Part | None:
-    """None for what does not begin with a record, or cannot be read."""
+    """None for what does not begin with a record, or cannot be read. Of ours a power cut may have left zeros of it."""
     try:
         with open(folder.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status, compressed = os.fstat(file.fileno()), file.read(2) == b"\x1f\x8b"
@@ -512,7 +512,9 @@ def look_at(folder: Folder, name: str, ours: bool) -> Part | None:
             first = (gzip.GzipFile(fileobj=file) if compressed else file).readline(LINE_BYTES)
     except (OSError, EOFError, zlib.error):  # it has gone meanwhile, is not ours to read, or is no gzip file after all
         return None
-    if not stat.S_ISREG(status.st_mode) or not (created := created_of(first)):
+    created = created_of(first)
+    torn = ours and first and not compressed and (RECORD_START.startswith(first[: len(RECORD_START)].rstrip(b"\0")))
+    if not stat.S_ISREG(status.st_mode) or not (created or torn):
         return None
     return Part(name, os.path.join(folder.path, name), created, status, compressed, ours)
 
@@ -551,6 +553,7 @@ def last_whole(descriptor: int, path: str, mend: bool) -> Record | None:
     if torn and mend:
         log.warning("%s: cut off %d bytes of a record that was not written to its end", path, len(torn))
         os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))
+        os.fsync(descriptor)  # a power cut must not bring it back when this is no longer the newest part
     elif torn:
         log.warning("%s: ends in %d bytes of a record that was not written to its end", path, len(torn))
     return Record(last.created, last.line, path) if last else None
@@ -692,7 +695,7 @@ class SharedFile:
             self._check_newest(position, end, parts)
         else:
             end = self._last_before(position, parts, here)
-        self._write_position(end, here, self._first, durable=True)
+        self._write_position(end, here, self._first)
         self._folder.sync()
         return end
 
@@ -709,6 +712,8 @@ class SharedFile:
     def _last_before(self, position: Position | None, parts: list[Part], here: tuple[int, int]) -> Record | None:
         """The last record before an empty file. Raises Unusable if what the position says is written is not there."""
         last = position.record if position else None
+        for part in [part for part in parts if not part.first]:
+            self._last_of(part, mend=True)
         if position and (named := self._named(position, parts)):
             end = self._last_of(named, mend=named.status.st_ino == position.identity[1])
             if position.first and (not end or end.created < position.created):
@@ -739,7 +744,7 @@ class SharedFile:
 
         def fits(part: Part) -> bool:
             return part.first == position.first if position.first else (
-                part.first > position.created or not position.knows_first)  # fmt: skip
+                not part.first or part.first > position.created or not position.knows_first)  # fmt: skip
 
         def likely(part: Part) -> tuple[bool, bool, bool]:
             inode = part.identity[1] == position.identity[1]
@@ -779,7 +784,7 @@ class SharedFile:
         self._first = self._first or created_of(lines[: lines.find(b"\n") + 1])
         with contextlib.suppress(OSError):  # stale is safe: the last record of the file it names is looked at anyway
             here = identity(os.fstat(self._descriptor))
-            self._write_position(last_record(lines), here, self._first, durable=False)
+            self._write_position(last_record(lines), here, self._first)
 
     def _check_place(self, size: int, written: int) -> None:
         """What was written must be in a file that has a name, and behind what was there; only then the position may say
@@ -876,7 +881,7 @@ class SharedFile:
                 os.close(descriptor)
             if not end and part.name != self._name:
                 self._folder.unlink(part.name)
-        self._write_position(common.record, common.part.identity, common.part.first, durable=True)
+        self._write_position(common.record, common.part.identity, common.part.first)
         self._folder.sync()
 
     # -- the position
@@ -895,16 +900,16 @@ class SharedFile:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
-    def _write_position(self, record: Record | None, named: tuple[int, int], first: str, durable: bool) -> None:
-        """Older exporters read `created`, `device` and `inode` of it."""
+    def _write_position(self, record: Record | None, named: tuple[int, int], first: str) -> None:
+        """Older exporters read `created`, `device` and `inode` of it. Its content is flushed before it takes the old
+        one's place: a power cut leaves one of the two."""
         created = record.created if record else BEFORE_ALL
         text = {"created": created, "device": named[0], "inode": named[1], "first": first}
         new = f"{self._name}.position.new"
         with open(self._folder.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
             json.dump(text | {"record": json.loads(record.line) if record else None}, file)
             file.flush()
-            if durable:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         self._folder.replace(new, f"{self._name}.position")
 
 
@@ -1331,8 +1336,12 @@ def file_system(path: str, mounts: str) -> str:
 
 def check_file_system(directory: str) -> None:
     """Raises OSError for one whose locks are not kept between machines, or between paths; warns where that depends."""
-    with open(MOUNTS, encoding="utf-8", errors="surrogateescape") as mounts:
-        kind = file_system(os.path.realpath(directory), mounts.read())
+    try:
+        with open(MOUNTS, encoding="utf-8", errors="surrogateescape") as mounts:
+            kind = file_system(os.path.realpath(directory), mounts.read())
+    except FileNotFoundError:  # no Linux
+        log.warning("DIRECTORY %s must be on a local file system; here it cannot be checked", directory)
+        return
     if NETWORK.fullmatch(kind):
         raise OSError(f"it is on {kind}, a network file system, where a lock may not hold between machines: two"
                       " instances could write at once. Use a local file system")  # fmt: skip

@@ -45,13 +45,13 @@ SABOTAGES = {
         "        size = os.fstat(self._descriptor).st_size\n        try:\n            rest",
         "        size = os.fstat(self._descriptor).st_size\n"
         "        here = identity(os.fstat(self._descriptor))\n"
-        "        self._write_position(last_record(lines), here, self._first, durable=True)\n"
+        "        self._write_position(last_record(lines), here, self._first)\n"
         "        try:\n            rest",
     ),
     "torn-tail-stays": (
         "background.py",
-        "        os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))",
-        "        pass",
+        "        os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))\n",
+        "        pass\n",
     ),
     "file-is-not-looked-at": (
         "background.py",
