@@ -112,6 +112,7 @@ RECORD = re.compile(
     rb'^\{"id":"[^"]+","created":"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{6}Z)",.*\}\n', re.MULTILINE
 )
 RECORD_START = b'{"id":"'
+CONTROL = re.compile(rb"[\x01-\x09\x0b-\x1f\x7f]")  # in no record, and in nearly all files that are not text
 
 
 class Record(NamedTuple):
@@ -480,7 +481,8 @@ def find_parts(folder: Folder, file_name: str) -> tuple[list[Part], list[str]]:
     Content decides: a part begins with a record, compressed by gzip or not. What belongs to another exporter, which
     has a position of its own in this folder, is none, nor is X.gz while X is still there, nor a second link to a file.
     """
-    names = [entry.name for entry in os.scandir(folder.descriptor) if entry.is_file(follow_symlinks=False)]
+    entries = os.scandir(folder.descriptor)
+    names = [entry.name for entry in entries if entry.is_file(follow_symlinks=entry.name == file_name)]
     owners = {file_name, *(name.removesuffix(".position") for name in names if name.endswith(".position"))}
     parts: dict[tuple[int, int], Part] = {}
     passed_over = []
@@ -504,16 +506,20 @@ def owner_of(name: str, owners: set[str]) -> str:
 
 
 def look_at(folder: Folder, name: str, ours: bool) -> Part | None:
-    """None for what does not begin with a record, or cannot be read. Of ours a power cut may have left zeros of it."""
+    """None for what does not begin with a record. Of ours a power cut may have left zeros, or a half, of it."""
     try:
-        with open(folder.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with open(folder.open(name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status, compressed = os.fstat(file.fileno()), file.read(2) == b"\x1f\x8b"
             file.seek(0)
             first = (gzip.GzipFile(fileobj=file) if compressed else file).readline(LINE_BYTES)
-    except (OSError, EOFError, zlib.error):  # it has gone meanwhile, is not ours to read, or is no gzip file after all
+    except (FileNotFoundError, EOFError, zlib.error, gzip.BadGzipFile):  # it has gone meanwhile, or is no gzip file
+        return None
+    except OSError:
+        if ours:  # what it has must not be taken for missing
+            raise
         return None
     created = created_of(first)
-    torn = ours and first and not compressed and (RECORD_START.startswith(first[: len(RECORD_START)].rstrip(b"\0")))
+    torn = ours and first and not compressed and RECORD_START.startswith(first[: len(RECORD_START)].rstrip(b"\0"))
     if not stat.S_ISREG(status.st_mode) or not (created or torn):
         return None
     return Part(name, os.path.join(folder.path, name), created, status, compressed, ours)
@@ -576,8 +582,8 @@ def mend_after_power_cut(descriptor: int, path: str) -> None:
     created = RECORD.findall(whole)
     if created and (len(created) != whole.count(b"\n") or not all(map(lt, created, created[1:]))):
         raise Unusable(f"{path}: not all of its last lines are records in order; run background.py verify, and mend it")
-    ours = created or not (start or whole or (end.strip(b"\0") and RECORD_START not in end))
-    if hole >= 0 and ours:
+    nothing_else = not start and not whole and re.match(rb"\0|\{\"id", end) and not CONTROL.search(end)
+    if hole >= 0 and (created or nothing_else):
         log.warning("%s: cut off %d bytes: a power cut left zeros among them", path, len(end) - len(whole))
         os.ftruncate(descriptor, start + len(whole))
         os.fsync(descriptor)
@@ -659,7 +665,7 @@ class SharedFile:
         try:
             self._descriptor = self._folder.open(self._name, os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
-            self._descriptor = self._begin(position)
+            return self._begin(position)
         flock(self._descriptor, self.path)
         here = identity(os.fstat(self._descriptor))
         if self._looked_at != here:
@@ -671,26 +677,29 @@ class SharedFile:
         self._looked_at = here
         return end
 
-    def _begin(self, position: Position | None) -> int:
-        """A new file, with mode and owner of the one before: made under another name, so that it never has others."""
-        parts = self._parts()
+    def _begin(self, position: Position | None) -> Record | None:
+        """Makes the file. It gets its name last, when it has the mode and owner of the one before and the position
+        names it: a kill before leaves none, and one that has the inode of a deleted file is not taken for that."""
+        parts = self._mended_parts(None)
+        last = self._last_before(position, parts, None)
         before = self._named(position, parts) or next((part for part in reversed(parts) if part.ours), None)
         new = f"{self._name}.position.file"
-        descriptor = self._folder.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            if before:
-                os.fchmod(descriptor, stat.S_IMODE(before.status.st_mode))
-                with contextlib.suppress(PermissionError):  # only root can give a file to another user
-                    os.fchown(descriptor, before.status.st_uid, before.status.st_gid)
-            self._folder.replace(new, self._name)
-        except OSError:
-            os.close(descriptor)
-            raise
-        return descriptor
+        self._descriptor = self._folder.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o644)
+        flock(self._descriptor, self.path)
+        if before:
+            os.fchmod(self._descriptor, stat.S_IMODE(before.status.st_mode))
+            with contextlib.suppress(PermissionError):  # only root can give a file to another user
+                os.fchown(self._descriptor, before.status.st_uid, before.status.st_gid)
+        self._first, here = "", identity(os.fstat(self._descriptor))
+        self._write_position(last, here, "")
+        self._folder.replace(new, self._name)
+        self._folder.sync()
+        self._looked_at = here
+        return last
 
     def _find_last(self, position: Position | None, end: Record | None, here: tuple[int, int]) -> Record | None:
         """The last record, where the position does not say that it is in this file; from then on it does."""
-        parts = [part for part in self._parts() if part.identity != here]
+        parts = self._mended_parts(here)
         if end:
             self._check_newest(position, end, parts)
         else:
@@ -698,6 +707,13 @@ class SharedFile:
         self._write_position(end, here, self._first)
         self._folder.sync()
         return end
+
+    def _mended_parts(self, here: tuple[int, int] | None) -> list[Part]:
+        """All but the file itself. None of them begins with zeros or half a record any more."""
+        parts = [part for part in self._parts() if part.identity != here]
+        for part in [part for part in parts if not part.first]:
+            self._last_of(part, mend=True)
+        return parts
 
     def _check_newest(self, position: Position | None, end: Record, parts: list[Part]) -> None:
         """Raises Unusable if a part goes further than the file."""
@@ -709,11 +725,9 @@ class SharedFile:
             log.warning("%s ends in %s, and was written up to %s: it was shortened; going on from its end",
                         self.path, end.created, position.created)  # fmt: skip
 
-    def _last_before(self, position: Position | None, parts: list[Part], here: tuple[int, int]) -> Record | None:
+    def _last_before(self, position: Position | None, parts: list[Part], here: tuple[int, int] | None) -> Record | None:
         """The last record before an empty file. Raises Unusable if what the position says is written is not there."""
         last = position.record if position else None
-        for part in [part for part in parts if not part.first]:
-            self._last_of(part, mend=True)
         if position and (named := self._named(position, parts)):
             end = self._last_of(named, mend=named.status.st_ino == position.identity[1])
             if position.first and (not end or end.created < position.created):
@@ -726,13 +740,26 @@ class SharedFile:
                 f"{self.path} was emptied, and no file in its folder has what was in it, up to"
                 f" {position.created}. Put it back; or remove the file, to go on after that"
             )
+        elif position and position.first:
+            log.info("%s is a new file, and its last part is not here; going on after %s", self.path, position.created)
         newer = [part for part in parts if part.ours and (not last or part.first > last.created)]
         for part in [part for part in newer if part.first == newer[-1].first]:
             last = later(last, self._last_of(part, mend=True))
-        if newer and last:
-            known = f"{self.path}.position is older" if position else f"{self.path}.position is missing or broken"
-            log.warning("%s; going on after %s, the last record of %s", known, last.created, last.path)
+        if not last and not position and self._has_position():
+            raise Unusable(f"{self.path}.position is broken, and no file here says what was written: mend it, or remove"
+                           " it to begin with the first record")  # fmt: skip
+        if last and last.path != f"{self.path}.position" and (not position or last.created > position.created):
+            known = "is older" if position else "is missing or broken"
+            log.warning("%s.position %s; going on after %s, the last record of %s",
+                        self.path, known, last.created, last.path)  # fmt: skip
         return last
+
+    def _has_position(self) -> bool:
+        try:
+            self._folder.stat(f"{self._name}.position")
+            return True
+        except FileNotFoundError:
+            return False
 
     def _parts(self) -> list[Part]:
         return find_parts(self._folder, self._name)[0]
@@ -750,7 +777,7 @@ class SharedFile:
             inode = part.identity[1] == position.identity[1]
             return part.identity == position.identity, inode, part.ours
 
-        known = [part for part in parts if fits(part) and (position.first or likely(part)[1])]
+        known = [part for part in parts if fits(part) and (likely(part)[1] or (position.first and part.ours))]
         return max(known, key=likely, default=None)
 
     def _last_of(self, part: Part, mend: bool = False) -> Record | None:
@@ -891,13 +918,13 @@ class SharedFile:
         path = f"{self.path}.position"
         try:
             with open(folder.open(f"{self._name}.position", os.O_RDONLY) if folder else path, encoding="utf-8") as file:
-                text = json.load(file)
+                text = json.load(file)  # another OSError than that it is not there does not mean that it is not there
             just_after(text["created"])
             line = json.dumps(text.get("record") or {"created": text["created"]}).encode() + b"\n"
             record = Record(text["created"], line, path) if text["created"] > BEFORE_ALL else None
             named = int(text["device"]), int(text["inode"])
             return Position(record, named, str(text.get("first", "")), "first" in text)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
     def _write_position(self, record: Record | None, named: tuple[int, int], first: str) -> None:
@@ -942,8 +969,16 @@ class Exporter:
         self._waiting: deque[bytes] = deque()  # portions
         self._in_file: Record | None = None  # the last one that is known to be in the file
         self._looked = False  # whether it is known
-        position = self._file.position()  # where to begin if the turn cannot be had
-        self._begin_after(position.record if position else None)
+        self._folder: tuple[int, int] | None = None  # the one of the last turn: device and inode
+        self._begin_after(self._hint())
+
+    def _hint(self) -> Record | None:
+        """Where to begin if the turn cannot be had."""
+        try:
+            position = self._file.position()
+        except OSError:  # a turn says so
+            return None
+        return position.record if position else None
 
     def _begin_after(self, record: Record | None) -> None:
         """Drops what waits, and fetches from there."""
@@ -1031,6 +1066,7 @@ class Exporter:
         try:
             with self._turn.taken() as folder:
                 if folder:
+                    self._note_folder(identity(os.fstat(folder.descriptor)))
                     with self._file.opened(folder) as last:
                         self._append_after(last)
             self._note_turn(bool(folder))
@@ -1070,6 +1106,12 @@ class Exporter:
                     self._waiting.appendleft(lines[end:])
                 return end >= 0
         return False
+
+    def _note_folder(self, now: tuple[int, int]) -> None:
+        """Another one at its path, as where a volume is away: what it has is followed on, and nothing of the other."""
+        if self._folder not in (None, now):
+            log.warning("DIRECTORY %s is another folder than before; going on in it", self._settings.directory)
+        self._folder = now
 
     def _note_turn(self, had: bool) -> None:
         now = time.monotonic()
@@ -1123,6 +1165,9 @@ def verify(settings: Settings, date_from: str = EPOCH, date_to: str = "") -> int
                 sep="",
                 end="",
             )
+            if settings.keep_files and parts and date_from < parts[0].first:
+                date_from = parts[0].first
+                print(f"compared from {date_from} on: older parts are deleted, as KEEP_FILES is {settings.keep_files}")
             in_database = stored_lines(source, date_from, date_to)
             in_file = shared_lines(folder, parts, lambda: max(date_from, source.kept_from), date_to)
             for stored, shared in zip_longest(in_database, in_file, fillvalue=b""):

@@ -258,11 +258,16 @@ def test_the_folders_volume_may_be_away_and_come_back_under_a_running_exporter(
     fake.add(some_lines(100))
     exporters = [export(fake.data_url) for _ in range(2)]
     exported(fake.records(), shared)
+    for exporter in exporters:
+        exporter.wait_for_line("appending")
+    wait_until(lambda: not shared.with_name("data.txt.lock").exists(), what="the end of the turn")
     away, below = tmp_path / "away", tmp_path / "below"
     shared.parent.rename(away)
     shared.parent.mkdir()
     fake.add(some_lines(20, "below"))
-    wait_until(lambda: any("beginning anew" in exporter.printed for exporter in exporters), what="a line that says so")
+    wait_until(
+        lambda: any("another folder than before" in one.printed for one in exporters), what="a line that says so"
+    )
     exported(fake.records(), shared)
     shared.parent.rename(below)
     away.rename(shared.parent)
