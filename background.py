@@ -1138,7 +1138,7 @@ class Exporter:
 def without_predecessor(last: Record, missing: Missing, settings: Settings) -> str:
     """One line for a person: what was found, in which file, and the ways out."""
     found = f"{last.path} ends in {name_of(last.line)}, and {missing} ({settings.url}): nothing is appended."
-    anew = f"move {settings.file_name}, its parts and companions away together"
+    anew = f"stop the exporters and move {settings.file_name}, its parts and companions away together"
     if missing.kept_from:
         return f"{found} What was stored in between is missing here for ever. To go on with what is left, {anew}"
     return (
