@@ -843,8 +843,9 @@ class SharedFile:
         with contextlib.suppress(FileNotFoundError):
             self._folder.stat(part)
             raise Unusable(f"{os.path.join(self._folder.path, part)} is there already; move it out of the folder")
-        if os.path.samestat(self._folder.stat(self._name), os.fstat(self._descriptor)):  # else another was quicker
-            self._folder.replace(self._name, part)
+        with contextlib.suppress(FileNotFoundError):  # another one was quicker to rename it
+            if os.path.samestat(self._folder.stat(self._name), os.fstat(self._descriptor)):
+                self._folder.replace(self._name, part)
         self._close()
         self._open()
         self._delete_old()
