@@ -53,6 +53,11 @@ SABOTAGES = {
         "        os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))\n",
         "        pass\n",
     ),
+    "predecessor-is-not-checked": (
+        "background.py",
+        "    if created_of(first) != known.created or not matches(known.line, first):\n        raise",
+        "    if created_of(first) < known.created:\n        raise",
+    ),
     "file-is-not-looked-at": (
         "background.py",
         "                    with self._file.opened(folder) as last:\n",

@@ -294,6 +294,33 @@ def test_of_a_folder_with_only_a_part_or_only_a_position_each_record_is_followed
     exported(fake.records(), *parts, shared)
 
 
+@pytest.mark.parametrize("kind", ["broken", "not to be read"])
+def test_a_position_that_says_nothing_is_not_taken_for_none_where_nothing_else_is_there(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path, kind: str
+) -> None:
+    fake.add(some_lines(40))
+    assert export_and_end(fake, export, shared) == 0
+    part, position = shared.rename(tmp_path / "moved"), shared.with_name("data.txt.position")
+    good = position.read_bytes()
+    if kind == "broken":
+        position.write_bytes(b"garbage")
+    else:
+        position.unlink()
+        position.mkdir()
+    exporter = export(fake.data_url)
+    exporter.wait_for_line(
+        "data.txt.position is broken, and no file" if kind == "broken" else "shared file: .*Is a dir"
+    )
+    known = len(fake.requests)
+    wait_until(lambda: len(fake.requests) > known + 2, what="further requests")
+    assert not shared.exists()
+    if kind != "broken":
+        position.rmdir()
+    position.write_bytes(good)
+    fake.add(some_lines(10, "more"))
+    exported(fake.records(), part, shared)
+
+
 # ---- Versions -------------------------------------------------------------------------------------------------------
 
 
