@@ -482,20 +482,20 @@ def find_parts(folder: Folder, file_name: str) -> tuple[list[Part], list[str]]:
     has a position of its own in this folder, is none, nor is X.gz while X is still there, nor a second link to a file.
     """
     entries = os.scandir(folder.descriptor)
-    names = [entry.name for entry in entries if entry.is_file(follow_symlinks=entry.name == file_name)]
+    names = {entry.name for entry in entries if entry.is_file(follow_symlinks=entry.name == file_name)}
     owners = {file_name, *(name.removesuffix(".position") for name in names if name.endswith(".position"))}
+    names -= {f"{owner}{companion}" for owner in owners for companion in COMPANIONS}
+    ours = {name for name in names if owner_of(name, owners) == file_name}
+    unowned = {name for name in names if not owner_of(name, owners)}
+    looked_at = {name: look_at(folder, name, name in ours) for name in (*sorted(ours), *sorted(unowned))}
     parts: dict[tuple[int, int], Part] = {}
-    passed_over = []
-    for name in sorted(names, key=lambda name: (owner_of(name, owners) != file_name, name)):
-        owner = owner_of(name, owners)
-        if any(name == f"{one}{companion}" for one in owners for companion in COMPANIONS):
-            continue
-        part = None if owner not in ("", file_name) or name.removesuffix(".gz") in {*names} - {name} else (
-            look_at(folder, name, owner == file_name))  # fmt: skip
-        if part:
+    for part in filter(None, looked_at.values()):
+        plain = looked_at.get(part.name.removesuffix(".gz")) if part.compressed else None
+        if plain and plain.name != part.name and plain.first == part.first:
+            looked_at[part.name] = None
+        else:
             parts.setdefault(part.identity, part)
-        elif name != file_name:
-            passed_over.append(name)
+    passed_over = {name for name in names if not looked_at.get(name)} - {file_name}
     return sorted(parts.values(), key=lambda part: (part.first, part.name)), sorted(passed_over)
 
 
@@ -1246,7 +1246,8 @@ def reconcile(settings: Settings, dry_run: bool, agreed: bool) -> int:
     except Impossible as reason:
         print(f"cannot reconcile: {reason}")
     except (*UNREACHABLE, Missing) as error:
-        print(f"cannot reconcile, nothing was cut: {type(error).__name__}: {error}")
+        kind = "" if isinstance(error, Unusable) else f"{type(error).__name__}: "
+        print(f"cannot reconcile, nothing was cut: {kind}{error}")
     return 1
 
 
@@ -1274,7 +1275,10 @@ def reconcile_in(folder: Folder, settings: Settings, file: SharedFile, agreed: b
             return 1
     file.keep(lines_behind(folder, common))
     give_back(source, lines_behind(folder, common))
-    file.cut_behind(common)
+    try:
+        file.cut_behind(common)
+    except OSError as error:
+        raise Impossible(f"all records are in the database, and not all were cut ({error}); run this again") from error
     print(f"done: {count} records are in the database, and in {file.path}.cut")
     return 0
 

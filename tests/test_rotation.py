@@ -329,6 +329,23 @@ def test_verify_reads_compressed_parts_under_any_name_and_a_part_rather_than_its
     assert verify(fake, shared) == f"{wanted}equal: 153 records\n"
 
 
+def test_a_file_that_was_compressed_beside_itself_and_emptied_is_followed_on(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    fake.add(some_lines(50))
+    exporter = export()
+    assert_all_exported(fake, shared)
+    wait_until(lambda: not shared.with_name("data.txt.lock").exists(), what="the end of the turn")
+    compressed = shared.with_name("data.txt.gz")
+    compressed.write_bytes(gzip.compress(shared.read_bytes()))
+    os.truncate(shared, 0)
+    fake.add(some_lines(50, "more"))
+    wait_until(lambda: count_lines(shared) >= 50, what="the records")
+    assert [json.loads(line) for path in (compressed, shared) for line in read_lines(path)] == fake.records()
+    assert verify(fake, shared) == "equal: 100 records\n"
+    assert "WARNING" not in exporter.printed
+
+
 # ---- Its own --------------------------------------------------------------------------------------------------------
 
 
