@@ -1012,6 +1012,8 @@ class Exporter:
             self._fetch_at = time.monotonic() + pause
         if self._waiting:
             self.write()
+        elif self._looked:
+            self._no_turn_since = 0.0  # nobody asks for one
         pause = max(0.0, self._fetch_at - time.monotonic())
         return min(pause, BUSY_SECONDS) if self._waiting else pause
 

@@ -15,7 +15,7 @@ Start = Callable[..., Service]
 
 # Twice from the first step on: what an empty folder asks for, and what the killed ones left
 STEPS = [*range(1, 26), *range(1, 41)]
-EXPORTER_STEPS = [*range(1, 46), *range(1, 46)]  # a first turn has more of them
+EXPORTER_STEPS = [*range(1, 46), *range(10, 66)]  # a first turn has more of them
 
 # Whose turn it is among the client's threads varies, so some run is killed at each of these by name
 CLIENT_STEPS = ("open", "flock", "pread", "write", "fsync", "replace", "request", "getresponse")
