@@ -269,23 +269,37 @@ def test_what_waits_in_memory_is_written_when_a_stopped_writer_is_killed_also_wi
     assert_exported(fake, file)
 
 
+# The same service, but for how long it waits for a turn before it says so
+IMPATIENT = """
+import background
+
+background.TURN_SECONDS = 1.0
+sys.exit(background.main([]))
+"""
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["removed", "removed, and the file renamed"])
 def test_a_lock_file_removed_by_hand_while_it_is_held_lets_no_second_writer_in_and_is_said(
-    fake: FakeBackend, export: StartExporter, file: Path, lock: Path
+    fake: FakeBackend, start: Callable[..., Service], file: Path, lock: Path, tmp_path: Path, renamed: bool
 ) -> None:
-    services = [export(fake), export(fake)]
+    program = driver(tmp_path, "impatient.py", IMPATIENT)
+    settings = {"URL": fake.data_url, "DIRECTORY": file.parent, "REQUEST_DELAY": 20}
+    services = [start(program, **settings) for _ in range(2)]
     stopped = stop_one_while_writing(fake, lock, services)
     other = next(service for service in services if service is not stopped)
-    size = file.stat().st_size if file.exists() else 0
+    part = file.rename(file.with_name("data.txt.1")) if renamed else file
+    size = part.stat().st_size
     lock.unlink()
     fake.add(some_lines(100, "meanwhile"))
-    other.wait_for_line("turn: none for 10 s: another process has the folder .*data.txt.lock may have been", 40)
+    other.wait_for_line("turn: none for 1 s: another process has the folder .*data.txt.lock may have been removed")
     known = len(fake.requests)
     wait_until(lambda: len(fake.requests) > known + 20, what="more polls")
-    assert (file.stat().st_size if file.exists() else 0) == size
-    assert len(re.findall("turn: none", other.printed)) == 1
+    assert part.stat().st_size == size
+    assert not renamed or not file.exists()
+    assert len(re.findall("has the folder", other.printed)) == 1
     stopped.kill(signal.SIGCONT)
     fake.add(some_lines(100, "after"))
-    assert_exported(fake, file)
+    assert_exported(fake, *([part] if renamed else []), file)
 
 
 @pytest.mark.parametrize("content", [b"", b"4711\n", b"\xff\0garbage" * 100], ids=["empty", "a pid", "garbage"])
