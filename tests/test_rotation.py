@@ -21,7 +21,18 @@ from typing import Any
 
 import pytest
 from fakes import FakeBackend, some_lines
-from harness import ROOT, Service, clean_environment, count_lines, driver, kill, peak_memory_bytes, read_records, stop
+from harness import (
+    ROOT,
+    Service,
+    clean_environment,
+    count_lines,
+    driver,
+    is_stopped,
+    kill,
+    peak_memory_bytes,
+    read_records,
+    stop,
+)
 from test_every_step import PROGRAM
 from waiting import wait_until
 
@@ -442,6 +453,43 @@ def test_an_exporter_killed_at_any_step_of_a_rotation_leaves_what_the_next_one_g
     export(ROTATE_BYTES=2_500)
     assert_all_exported(fake, shared)
     assert len(parts_of(shared)) > 50
+
+
+# SIGSTOP when the file has been renamed, and there is no new one
+STOPPED_IN_A_ROTATION = """
+import os, signal
+import background
+
+replace, stopped = os.replace, []
+
+def replace_and_stop(old, new, **options):
+    replace(old, new, **options)
+    if new.startswith("data.txt.2") and not stopped:
+        stopped.append(new)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+os.replace = replace_and_stop
+sys.exit(background.main([]))
+"""
+
+
+@pytest.mark.parametrize("then", ["continued", "killed"])
+def test_nobody_writes_beside_an_instance_that_is_stopped_in_a_rotation(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path, then: str
+) -> None:
+    fake.add(some_lines(50))
+    sleeper = export(driver(tmp_path, "stopped.py", STOPPED_IN_A_ROTATION), ROTATE_BYTES=3_000)
+    wait_until(lambda: is_stopped(sleeper.pid), what="the stop")
+    other = export(ROTATE_BYTES=3_000)
+    fake.add(some_lines(50, "more"))
+    cursor, known = fake.records()[-1]["created"], len(fake.requests)
+    wait_until(lambda: sum(r.query["date_from"] >= cursor for r in fake.requests[known:]) > 5, what="its polls")
+    assert not shared.exists()
+    assert len(parts_of(shared)) == 1
+    sleeper.kill(signal.SIGCONT if then == "continued" else signal.SIGKILL)
+    fake.add(some_lines(5, "last"))
+    assert_all_exported(fake, shared)
+    assert other.end() == 0
 
 
 def test_a_part_of_that_name_that_is_there_already_is_named_and_nothing_is_overwritten(
