@@ -108,9 +108,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 
 # ---- Records --------------------------------------------------------------------------------------------------------
 
-RECORD = re.compile(
-    rb'^\{"id":"[^"]+","created":"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{6}Z)",.*\}\n', re.MULTILINE
-)
+CREATED = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z"
+RECORD = re.compile(rf'^\{{"id":"[^"]+","created":"({CREATED})",.*\}}\n'.encode(), re.MULTILINE)
 RECORD_START = b'{"id":"'
 CONTROL = re.compile(rb"[\x01-\x09\x0b-\x1f\x7f]")  # in no record, and in nearly all files that are not text
 
@@ -127,6 +126,13 @@ def created_of(line: bytes) -> str:
     """When a record was stored; "" if the line is no record."""
     found = RECORD.fullmatch(line)
     return found[1].decode() if found else ""
+
+
+def is_json_record(line: bytes) -> bool:
+    try:
+        return bool(created_of(line)) and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def last_record(lines: bytes) -> Record:
@@ -175,6 +181,7 @@ def check(lines: bytes, after: str) -> None:
         raise ValueError("the answer is not a list of records")
     if created[0].decode() <= after or not all(map(lt, created, created[1:])):
         raise ValueError("the records are not in the order of `created`")
+    json.loads(last_record(lines).line)  # the one that is compared with others: a ValueError as well
 
 
 # ---- Where records come from ----------------------------------------------------------------------------------------
@@ -277,7 +284,8 @@ class Source:
         connection.request("GET", f"{self._address.path or '/'}?{window}", headers=self._headers({"Accept": NDJSON}))
         response = connection.getresponse()
         if response.status == 200 and response.headers.get_content_type() == NDJSON:
-            self.newest = response.headers.get("Newest", "")
+            newest = response.headers.get("Newest", "")
+            self.newest = newest if re.fullmatch(CREATED, newest) else ""
             self.kept_from = response.headers.get("Kept-From", self.kept_from)
             return response
         error = refused(response)
@@ -554,7 +562,7 @@ def last_whole(descriptor: int, path: str, mend: bool) -> Record | None:
     whole, line_feed, torn = tail.rpartition(b"\n")
     last = last_record(whole + line_feed) if line_feed else None
     begun = torn.rstrip(b"\0")  # a machine that crashed may leave zeros for what was not on disk yet
-    if (last and not last.created) or not RECORD_START.startswith(begun[: len(RECORD_START)]):
+    if (last and not is_json_record(last.line)) or not RECORD_START.startswith(begun[: len(RECORD_START)]):
         raise Unusable(f"{path} does not end in a record: is it another program's file? Move it away")
     if torn and mend:
         log.warning("%s: cut off %d bytes of a record that was not written to its end", path, len(torn))
@@ -921,7 +929,10 @@ class SharedFile:
             with open(folder.open(f"{self._name}.position", os.O_RDONLY) if folder else path, encoding="utf-8") as file:
                 text = json.load(file)  # another OSError than that it is not there does not mean that it is not there
             just_after(text["created"])
-            line = json.dumps(text.get("record") or {"created": text["created"]}).encode() + b"\n"
+            known = text.get("record")  # older exporters know its time only
+            if not isinstance(known, dict) or known.get("created") != text["created"]:
+                known = {"created": text["created"]}
+            line = json.dumps(known).encode() + b"\n"
             record = Record(text["created"], line, path) if text["created"] > BEFORE_ALL else None
             named = int(text["device"]), int(text["inode"])
             return Position(record, named, str(text.get("first", "")), "first" in text)

@@ -426,7 +426,17 @@ def kill_after(backend: Backend | FakeBackend, export: StartExporter, file: Path
 
 @pytest.mark.parametrize(
     "position",
-    [None, b"", b"garbage", b"\0" * 100, b"{}", b"[1]", b'{"created": 5, "device": "x", "inode": null}', b"stale"],
+    [
+        None,
+        b"",
+        b"garbage",
+        b"\0" * 100,
+        b"{}",
+        b"[1]",
+        b'{"created": 5, "device": "x", "inode": null}',
+        b"stale",
+        b'{"created": "2026-01-01T00:00:00.000001Z", "device": 1, "inode": 2, "first": 3, "record": [4]}',
+    ],
     ids=lambda content: "missing" if content is None else repr(content)[:20],
 )
 def test_a_lost_stale_or_broken_position_costs_no_record_and_makes_no_copy(
@@ -588,7 +598,10 @@ def assert_exported_and_ended(backend: FakeBackend, export: StartExporter, file:
 # ---- Trouble with files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["my notes\n", "my notes", '{"a": 1}\n', "\n"], ids=repr)
+NO_JSON = '{"id":"a","created":"2026-01-01T00:00:00.000000Z","log":{}]}\n'
+
+
+@pytest.mark.parametrize("text", ["my notes\n", "my notes", '{"a": 1}\n', "\n", NO_JSON], ids=repr)
 def test_another_programs_file_is_not_touched_and_is_named(
     fake: FakeBackend, export: StartExporter, file: Path, text: str
 ) -> None:
@@ -674,6 +687,7 @@ FALSE_REPLIES: dict[str, Callable[[FakeBackend], Reply | None]] = {
     "out of order": lambda fake: Reply(200, lines_of([*fake.records()[4:5], *fake.records()[:4:-1]]), NDJSON),
     "twice": lambda fake: Reply(200, lines_of([*fake.records()[4:], *fake.records()[-1:]]), NDJSON),
     "too old": lambda fake: Reply(200, lines_of(fake.records()), NDJSON),
+    "no JSON": lambda fake: Reply(200, lines_of(fake.records()[4:]).replace(b"/later/9", b'"'), NDJSON),
     "an endless line": lambda _: Reply(200, b"x" * 200 * MIB, NDJSON),
     "a foreign line": lambda fake: Reply(200, lines_of(fake.records()[4:]) + b"and so on\n", NDJSON),
     "cut in the first record": lambda fake: Reply(200, lines_of(fake.records()[4:])[:50], NDJSON, chunked=True),
