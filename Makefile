@@ -59,7 +59,7 @@ compose-clean: .env ## Remove the containers and all that they stored
 # ---- Tests -------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: $(TEST_READY) chromium pgbouncer ## Install what the tests need and run them all; ARGS="-k name" for some
+test: $(TEST_READY) test-tools ## Install what the tests need and run them all; ARGS="-k name" for some
 	@$(VENV)/bin/python -m pytest --numprocesses=4 --dist=loadfile $(ARGS)
 
 .PHONY: test-compose
@@ -84,27 +84,20 @@ lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy --strict .
 
-.PHONY: chromium
-chromium:
-	@if command -v chromium >/dev/null; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing Chromium for the test of /docs"; \
-	  apt-get update -qq; \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
-	else \
-	  echo "the test of /docs needs Chromium: install it (Debian: sudo apt-get install chromium)" >&2; \
-	  exit 1; \
-	fi
+# Programs of Debian's packages of the same name, which the tests run
+TEST_TOOLS := chromium pgbouncer logrotate
 
-.PHONY: pgbouncer
-pgbouncer:
-	@PATH=$$PATH:/usr/sbin; if command -v pgbouncer >/dev/null; then :; \
+.PHONY: test-tools
+test-tools:
+	@PATH=$$PATH:/usr/sbin; missing=; \
+	for tool in $(TEST_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing PgBouncer for the tests of a pooler before the database"; \
+	  echo "installing for the tests:$$missing"; \
 	  apt-get update -qq; \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends pgbouncer >/dev/null; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else \
-	  echo "the tests of a pooler need PgBouncer: install it (Debian: sudo apt-get install pgbouncer)" >&2; \
+	  echo "the tests need these: sudo apt-get install$$missing" >&2; \
 	  exit 1; \
 	fi
 

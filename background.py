@@ -1,18 +1,29 @@
 """An exporter: follows the backend's records and appends them to one file that any number of exporters share.
 
-    python background.py                                 (settings: env/background.env; standard library only)
+    python background.py                                 export (settings: env/background.env; standard library only)
     python background.py verify [date_from [date_to]]    compare the shared file with the database, exit 0 or 1
+    python background.py reconcile [--dry-run] [--yes]   give back to the database what it lost and the file still has
 
-It promises: the shared file and its rotated parts hold each record once, whole, in the order of `created`, whichever
-instances are killed, stopped, started twice, or run out of disk. First come the records from the epoch until now, then
-what came since. It is single-threaded; what it cannot write now it keeps in memory, up to a bound, and fetches on.
-It does not: delete or rename the shared file. Rename it whenever you like; a new one is begun at the next turn.
+It promises: the shared file and its renamed parts hold each record once, whole, in the order of `created`, whichever
+instances are killed, stopped, started twice, or run out of disk. What does not follow on the last record that is
+there is not appended: it stops, and says what it found. Rename the file whenever you like.
+
+The way of a record:
+    Source.follow          asks from the last known record on, including it: the first that comes has to be that one
+    Exporter._fetch        keeps what follows in memory, up to a bound; past it the database keeps the rest
+    Turn                   lock file, its flock, the folder's flock: one writer
+    SharedFile.opened      cuts off a torn end; says which record is the last, in the file or in the part before it
+    Exporter._append_after drops what is there already; what does not follow on that record is fetched again from there
+    SharedFile.append      whole lines, to disk, checked to be where they belong; or none of them
+    FILE_NAME.position     what is written, and into which file: for when that is renamed away
+    SharedFile.rotate      renames the file if it is full; then, as after any other rename, a new one is begun
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import http.client
 import json
 import logging
@@ -21,29 +32,45 @@ import random
 import re
 import select
 import signal
+import stat
 import sys
 import time
+import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from operator import lt
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 from urllib.parse import urlsplit
 
 log = logging.getLogger("background")
+
+# ---- Limits ---------------------------------------------------------------------------------------------------------
 
 PORTION_BYTES = 4 * 1024**2  # read from the backend between two attempts to write: some 20,000 records
 MEMORY_BYTES = 32 * 1024**2  # records waiting for their turn; past it fetching stops and the database keeps the rest
 HTTP_SECONDS = 10.0  # without a byte from the backend
 BUSY_SECONDS = 0.05  # between attempts to get a turn
+TURN_SECONDS = 10.0  # without a turn, while records wait: then it is said who has it
 MAX_DELAY_SECONDS = 30.0  # between attempts to reach the backend
+REMIND_SECONDS = 60.0  # between two lines about what a person has to mend
 PROGRESS_SECONDS = 10.0
-TAIL_BYTES = 64 * 1024  # read at a time when looking for the last line: a record has at most 17 KiB
-COMPANIONS = (".lock", ".position", ".position.new")  # of any shared file in the folder; they come and go
+LINE_BYTES = 64 * 1024  # no line is longer: a record has at most 17 KiB
+LOOK_BACK_BYTES = 8 * 1024**2  # of a file's end; what was not on disk yet at a power cut is one write, half of that
+GIVE_BACK_LINES = 1000  # in one POST of reconcile; the backend takes 10,000
 NDJSON = "application/x-ndjson"
-BEFORE_ALL = "1969-12-31T23:59:59.999999Z"  # `created` of no record yet: all from the epoch on come after it
+JSON = "application/json"
+BEFORE_ALL = "1969-12-31T23:59:59.999999Z"  # `created` in the position of a file that nothing comes before
+EPOCH = "1970-01-01T00:00:00.000000Z"
+DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?Z?"
+ENDING = (signal.SIGTERM, signal.SIGINT)
+MOUNTS = "/proc/self/mountinfo"
+NETWORK = re.compile("nfs4?|cifs|smb3|smbfs|9p|afs|ceph|lustre|glusterfs")  # a flock may hold for one machine only
+USER_SPACE = re.compile(r"fuse(\..*)?|fuseblk|virtiofs")  # the same files by another path may not share its locks
+
+# ---- Settings -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -54,6 +81,8 @@ class Settings:
     directory: Annotated[str, r"[^\0]+", "a folder"] = "var/shared"
     file_name: Annotated[str, r"(?!\.{1,2}$)[^/\0]{1,200}", "a name of at most 200 characters, no /"] = "data.txt"
     request_delay: Annotated[int, range(1, 10_000_000)] = 1000  # milliseconds
+    rotate_bytes: Annotated[int, range(1_000_000_000_000)] = 0  # 0: never
+    keep_files: Annotated[int, range(1_000_000)] = 0  # of the parts that it made itself; 0: all
     api_token: Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"] = ""
 
 
@@ -65,7 +94,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         rule, *allowed = hint.__metadata__
         if isinstance(rule, range):
             allowed = [f"a whole number from {rule[0]} to {rule[-1]}"]
-            good = bool(re.fullmatch("[0-9]{1,9}", text)) and int(text) in rule
+            good = bool(re.fullmatch("[0-9]{1,12}", text)) and int(text) in rule
         else:
             good = bool(re.fullmatch(rule, text))
         if good:
@@ -77,22 +106,38 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     return Settings(**values)
 
 
-# ---- Records, and where they come from ------------------------------------------------------------------------------
+# ---- Records --------------------------------------------------------------------------------------------------------
 
-RECORD = re.compile(
-    rb'^\{"id":"[^"]+","created":"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{6}Z)","log":\{.*\}\}\n', re.MULTILINE
-)
+CREATED = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z"
+RECORD = re.compile(rf'^\{{"id":"[^"]+","created":"({CREATED})",.*\}}\n'.encode(), re.MULTILINE)
 RECORD_START = b'{"id":"'
+CONTROL = re.compile(rb"[\x01-\x09\x0b-\x1f\x7f]")  # in no record, and in nearly all files that are not text
+
+
+class Record(NamedTuple):
+    """A record that another one is to follow on."""
+
+    created: str  # text that sorts by time
+    line: bytes  # as JSON; it may have fewer members than the database's: an older version wrote it
+    path: str = ""  # the file that ends in it, or that names it
 
 
 def created_of(line: bytes) -> str:
-    """When a record was stored, as text that sorts by time; "" if the line is no record."""
+    """When a record was stored; "" if the line is no record."""
     found = RECORD.fullmatch(line)
     return found[1].decode() if found else ""
 
 
-def last_created(lines: bytes) -> str:
-    return created_of(lines[lines.rfind(b"\n", 0, -1) + 1 :])
+def is_json_record(line: bytes) -> bool:
+    try:
+        return bool(created_of(line)) and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def last_record(lines: bytes) -> Record:
+    line = lines[lines.rfind(b"\n", 0, -1) + 1 :]
+    return Record(created_of(line), line)
 
 
 def just_after(created: str) -> str:
@@ -100,75 +145,188 @@ def just_after(created: str) -> str:
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def check(lines: bytes, date_from: str) -> None:
-    """Raises ValueError unless these are records from `date_from` on, each later than the one before."""
+def matches(known: bytes, other: bytes) -> bool:
+    """Whether these are the same record: each member that the known line has is equal in the other one."""
+    if known == other:
+        return True
+    try:
+        return is_within(json.loads(known), json.loads(other))
+    except ValueError:
+        return False
+
+
+def is_within(known: Any, other: Any) -> bool:
+    if isinstance(known, dict) and isinstance(other, dict):
+        return all(name in other and is_within(value, other[name]) for name, value in known.items())
+    return bool(known == other)
+
+
+def is_same(one: Record | None, other: Record | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.created == other.created and (matches(one.line, other.line) or matches(other.line, one.line))
+
+
+def end_within(lines: bytes, record: Record) -> int:
+    """Where that record ends in these lines; -1 if it is not among them."""
+    found = lines.find(f'","created":"{record.created}",'.encode())  # a quote within a value would be escaped
+    start, end = lines.rfind(b"\n", 0, max(found, 0)) + 1, lines.find(b"\n", found) + 1
+    return end if found >= 0 and matches(record.line, lines[start:end]) else -1
+
+
+def check(lines: bytes, after: str) -> None:
+    """Raises ValueError unless these are records, each later than the one before and than `after`."""
     created = RECORD.findall(lines)
     if not len(created) == lines.count(RECORD_START) == lines.count(b"\n"):
         raise ValueError("the answer is not a list of records")
-    if created[0].decode() < date_from or not all(map(lt, created, created[1:])):
+    if created[0].decode() <= after or not all(map(lt, created, created[1:])):
         raise ValueError("the records are not in the order of `created`")
+    json.loads(last_record(lines).line)  # the one that is compared with others: a ValueError as well
 
 
-def later_than(last: str, lines: bytes) -> bytes:
-    """What of these records is later than the last that is in the file."""
-    for record in RECORD.finditer(lines):
-        if record[1].decode() > last:
-            return lines[record.start() :]
-    return b""
+# ---- Where records come from ----------------------------------------------------------------------------------------
 
 
 class Refused(http.client.HTTPException):
-    """The backend answered, but not with records."""
+    """The backend answered, but not with what was asked for."""
 
+    status = 0
     retry_after_seconds = 0.0  # its own wish, if it had one
+    kept_from = ""  # of a 410: what was stored before is deleted
+
+
+class Missing(Exception):
+    """The database does not have the record that the next one would follow on. The message says what it has."""
+
+    def __init__(self, record: Record, found: str, kept_from: str = "") -> None:
+        super().__init__(f"the database has {found}")
+        self.record = record
+        self.kept_from = kept_from  # what was stored before is deleted; "" if that is not why
 
 
 class Interrupted(Exception):
     """A signal came while the backend was asked or read from."""
 
 
-UNREACHABLE = (OSError, http.client.HTTPException, ValueError)  # raised by `follow` if the backend cannot be had now
+UNREACHABLE = (OSError, http.client.HTTPException, ValueError)  # raised by a Source if the backend cannot be had now
 
 
-def follow(settings: Settings, date_from: str, date_to: str = "") -> Iterator[bytes]:
-    """The records from `date_from` on, for ever, in whole lines; b"" when there are none at the moment.
+class Source:
+    """The backend. What it has said of the database, besides the records, stays here."""
 
-    `date_from` only ever moves to 1 µs after a line that has come whole, so it does not matter where a reply breaks
-    off: a line without its line feed is not used, and the next request begins right after the last whole one.
-    """
-    address = urlsplit(settings.url)
-    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
-    window = f"&date_to={date_to}" if date_to else ""
-    with contextlib.closing(kind(address.netloc, timeout=HTTP_SECONDS)) as connection:
-        while True:
-            asked = date_from
-            path = f"{address.path or '/'}?date_from={date_from}{window}"
-            try:
-                with ask(connection, path, settings.api_token) as response:
-                    for lines in whole_lines(response):
-                        check(lines, date_from)
-                        date_from = just_after(last_created(lines))
-                        yield lines
-            except http.client.IncompleteRead:
-                connection.close()
-                if date_from == asked:
-                    raise
-            if date_from == asked:
-                yield b""
+    def __init__(self, settings: Settings) -> None:
+        self.newest = ""  # `created` of the database's newest record; "" if the backend does not say it
+        self.kept_from = ""  # records before it were deleted; "" if none were
+        self._address = urlsplit(settings.url)
+        self._token = settings.api_token
+
+    def follow(self, last: Record | None, date_from: str = EPOCH, date_to: str = "") -> Iterator[bytes]:
+        """The records after `last`, or all from `date_from` on, for ever, in whole lines; b"" when there are none now.
+
+        Each request asks from the last record on, including it, and takes what follows only if that one comes first,
+        so it does not matter what becomes of the database between two requests, nor where a reply breaks off: a line
+        without its line feed is not used. Raises Missing, or UNREACHABLE.
+        """
+        border = (
+            ""  # where to go on if `last` was the last one that the database's retention deleted: nothing is missed
+        )
+        with contextlib.closing(self._connect()) as connection:
+            while True:
+                known, awaited = last, None if border else last
+                start = border or (last.created if last else date_from)
+                try:
+                    with self._get(
+                        connection, f"date_from={start}{date_to and '&date_to='}{date_to}", last
+                    ) as response:
+                        for lines in whole_lines(response):
+                            if awaited:
+                                lines, awaited = behind(awaited, lines), None
+                            if lines:
+                                check(lines, last.created if last else "")
+                                last, border = last_record(lines), ""
+                                yield lines
+                    if awaited:
+                        raise Missing(awaited, "nothing from then on")
+                except http.client.IncompleteRead:
+                    connection.close()
+                    if last is known:
+                        raise
+                except Missing as missing:
+                    if border or missing.kept_from != just_after(missing.record.created):
+                        raise
+                    border = missing.kept_from
+                    continue
+                if last is known:
+                    yield b""
+
+    def post(self, lines: Sequence[bytes]) -> None:
+        """Stores records under their own ids. Raises UNREACHABLE unless each is stored, or was there already."""
+        body = json.dumps([as_sent(json.loads(line)) for line in lines]).encode()
+        with contextlib.closing(self._connect()) as connection:
+            connection.request("POST", self._address.path or "/", body, self._headers({"Content-Type": JSON}))
+            with connection.getresponse() as response:
+                answer = refused(response) if response.status not in (200, 201) else json.load(response)
+        if isinstance(answer, Refused):
+            raise answer
+        if answer["rejected"] or answer["accepted"] + answer["duplicates"] != len(lines):
+            raise ValueError(f"the backend did not take all records: {json.dumps(answer)[:500]}")
+
+    def _connect(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
+        return kind(self._address.netloc, timeout=HTTP_SECONDS)
+
+    def _headers(self, headers: dict[str, str]) -> dict[str, str]:
+        return headers | ({"Authorization": f"Bearer {self._token}"} if self._token else {})
+
+    def _get(
+        self, connection: http.client.HTTPConnection, window: str, last: Record | None
+    ) -> http.client.HTTPResponse:
+        connection.request("GET", f"{self._address.path or '/'}?{window}", headers=self._headers({"Accept": NDJSON}))
+        response = connection.getresponse()
+        if response.status == 200 and response.headers.get_content_type() == NDJSON:
+            newest = response.headers.get("Newest", "")
+            self.newest = newest if re.fullmatch(CREATED, newest) else ""
+            self.kept_from = response.headers.get("Kept-From", self.kept_from)
+            return response
+        error = refused(response)
+        if last and error.kept_from:
+            raise Missing(last, f"deleted what was stored before {error.kept_from}", error.kept_from)
+        raise error
 
 
-def ask(connection: http.client.HTTPConnection, path: str, token: str) -> http.client.HTTPResponse:
-    authorization = {"Authorization": f"Bearer {token}"} if token else {}
-    connection.request("GET", path, headers={"Accept": NDJSON} | authorization)
-    response = connection.getresponse()
-    kind = response.headers.get_content_type()
-    if response.status != 200 or kind != NDJSON:
-        detail = " ".join(response.read(500).decode(errors="replace").split())
-        refused = Refused(f"answer {response.status} ({kind}): {detail}")
-        if re.fullmatch("[0-9]{1,4}", wish := response.headers.get("Retry-After", "")):
-            refused.retry_after_seconds = float(wish)
-        raise refused
-    return response
+def refused(response: http.client.HTTPResponse) -> Refused:
+    """What the backend said instead, as an exception."""
+    text = response.read(4096).decode(errors="replace")
+    error = Refused(f"answer {response.status} ({response.headers.get_content_type()}): {' '.join(text.split())[:500]}")
+    error.status = response.status
+    if re.fullmatch("[0-9]{1,4}", wish := response.headers.get("Retry-After", "")):
+        error.retry_after_seconds = float(wish)
+    if response.status == 410 and (found := re.search(r'"kept_from" *: *"([^"]+)"', text)):
+        error.kept_from = found[1]
+    return error
+
+
+def behind(known: Record, lines: bytes) -> bytes:
+    """What follows on a record that has to come first. Raises Missing; ValueError for what was not asked for."""
+    first, line_feed, rest = lines.partition(b"\n")
+    first += line_feed
+    if not created_of(first) or created_of(first) < known.created:
+        raise ValueError("the answer is not a list of the records that were asked for")
+    if created_of(first) != known.created or not matches(known.line, first):
+        raise Missing(known, f"{name_of(first)} in its place")
+    return rest
+
+
+def name_of(line: bytes) -> str:
+    """Which record that is, for a person."""
+    members = json.loads(line)
+    return f"record {members.get('id', '(id unknown)')} of {members.get('created')}"
+
+
+def as_sent(record: Mapping[str, Any]) -> dict[str, str]:
+    """A record as the line that it was made from, with its id."""
+    fields = record["log"]
+    return {"id": record["id"], "log": f"{fields['ip']} {fields['method']} {fields['uri']} {fields['status_code']}"}
 
 
 def whole_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -181,7 +339,7 @@ def whole_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
             data, broken = rest + error.partial, True
         end = data.rfind(b"\n") + 1
         rest = data[end:]
-        if len(rest) > TAIL_BYTES:
+        if len(rest) > LINE_BYTES:
             raise ValueError("the answer is not a list of records")
         if end:
             yield data[:end]
@@ -203,92 +361,448 @@ def flock(descriptor: int, path: str) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+class Folder:
+    """The folder of the shared file, by its descriptor: what is done in a turn is done in that one, also if another is
+    mounted or moved to its path meanwhile."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def open(self, name: str, flags: int, mode: int = 0o644) -> int:
+        return os.open(name, flags, mode, dir_fd=self.descriptor)
+
+    def stat(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+
+    def replace(self, old: str, new: str) -> None:
+        os.replace(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def unlink(self, name: str) -> None:
+        os.unlink(name, dir_fd=self.descriptor)
+
+    def sync(self) -> None:
+        """Names that were made, changed or removed outlive a power cut."""
+        os.fsync(self.descriptor)
+
+
 class Turn:
     """The right to write, marked by a lock file: made with O_EXCL at the start of writing, removed at its end.
 
     Why there are never two writers:
-      * Who owns the turn is whoever holds the flock of the very file that is at the path (same device and inode),
-        whoever made that file. Making and locking are two steps; a process stopped between them finds, when it goes
-        on, the flock taken, or its file no longer at the path, and has no turn.
+      * Who owns the lock file is whoever holds the flock of the very file that is at the path (same device and inode),
+        whoever made it. Making and locking are two steps; a process stopped between them finds, when it goes on, the
+        flock taken, or its file no longer at the path, and has no turn.
       * Only the owner removes the file, as its last act. Who then gets the flock of the removed file finds it gone
         from the path.
-      * The kernel drops the flock of a process that dies, however it dies, so a leftover file is free at once, with
+      * The kernel drops the flocks of a process that dies, however it dies, so a leftover file is free at once, with
         no age, pid or clock to go by. A stopped owner keeps it: nobody writes beside it.
-      * Should somebody remove the file by hand while it is held, a second instance can make and lock a new one. It
-        then finds the shared file itself under the first one's flock (see SharedFile) and writes nothing.
+      * The lock file may be removed by hand while it is held; then a second one can be made and owned. So a turn also
+        needs the flock of the folder itself, which has no name in it that could be removed or renamed. It is held from
+        before the shared file is opened until after it is closed: there the two owners meet, whatever happens to names.
+    tests/test_lock_model.py goes through all orders of these system calls, with kills, removals and renames, and
+    finds two writers only where the folder's flock is left out.
     """
 
     def __init__(self, directory: str, file_name: str) -> None:
         self.path = os.path.join(directory, f"{file_name}.lock")
+        self.blocked_by = ""  # what another process has, if there was no turn
+        self._directory = directory
+        self._name = f"{file_name}.lock"
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[bool]:
-        """True inside if the turn is ours. Does not wait. Raises Unusable or OSError."""
-        lock = self._open()
-        try:
-            ours = self._owns(lock)
+    def taken(self) -> Iterator[Folder | None]:
+        """The folder, if the turn is ours; else None. Does not wait. Raises Unusable or OSError."""
+        with contextlib.closing(Folder(self._directory)) as folder:
+            lock = self._open(folder)
             try:
-                yield ours
+                owned = self._owns(folder, lock)
+                try:
+                    yield folder if owned and self._has(folder) else None
+                finally:
+                    if owned and self._owns(folder, lock):  # else somebody removed it, and another one's may be there
+                        folder.unlink(self._name)
             finally:
-                if ours and self._owns(lock):  # else somebody removed it, and another one's may be at the path
-                    os.unlink(self.path)
-        finally:
-            os.close(lock)
+                os.close(lock)
 
-    def _open(self) -> int:
-        try:
-            return os.open(self.path, os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
+    def _open(self, folder: Folder) -> int:
+        while True:
             try:
-                return os.open(self.path, os.O_NOFOLLOW | os.O_NONBLOCK)
-            except FileNotFoundError:  # its owner has removed it meanwhile
-                return self._open()
-            except OSError as error:
-                raise Unusable(f"{self.path} is no lock file of ours ({error.strerror}); remove it") from error
+                return folder.open(self._name, os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                try:
+                    return folder.open(self._name, os.O_NOFOLLOW | os.O_NONBLOCK)
+                except FileNotFoundError:
+                    continue  # its owner has removed it meanwhile
+                except OSError as error:
+                    raise Unusable(f"{self.path} is no lock file of ours ({error.strerror}); remove it") from error
 
-    def _owns(self, lock: int) -> bool:
+    def _owns(self, folder: Folder, lock: int) -> bool:
         try:
             flock(lock, self.path)
-            return os.path.samestat(os.fstat(lock), os.stat(self.path, follow_symlinks=False))
+            return os.path.samestat(os.fstat(lock), folder.stat(self._name))
         except (BlockingIOError, FileNotFoundError):
+            self.blocked_by = f"another process has {self.path}"
             return False
+
+    def _has(self, folder: Folder) -> bool:
+        try:
+            fcntl.flock(folder.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            self.blocked_by = (
+                f"another process has the folder {self._directory}, where {self._name} may have been removed under it"
+            )
+            return False
+
+
+# ---- The parts of the shared file -----------------------------------------------------------------------------------
+
+COMPANIONS = (".lock", ".position", ".position.new", ".position.file", ".cut")
+
+
+class Part(NamedTuple):
+    """A file in the folder that begins with a record: the shared file itself, or one that it was renamed to."""
+
+    name: str
+    path: str
+    first: str  # `created` of its first record; "" if a power cut left only zeros or a half of it
+    status: os.stat_result
+    compressed: bool
+    ours: bool  # by its name; it may be a part under any other name as well
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        return identity(self.status)
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def find_parts(folder: Folder, file_name: str) -> tuple[list[Part], list[str]]:
+    """The parts, the shared file among them, in the order of their first records; and the names that were passed over.
+
+    Content decides: a part begins with a record, compressed by gzip or not. What belongs to another exporter, which
+    has a position of its own in this folder, is none, nor is X.gz while X is still there, nor a second link to a file.
+    """
+    entries = os.scandir(folder.descriptor)
+    names = {entry.name for entry in entries if entry.is_file(follow_symlinks=entry.name == file_name)}
+    owners = {file_name, *(name.removesuffix(".position") for name in names if name.endswith(".position"))}
+    names -= {f"{owner}{companion}" for owner in owners for companion in COMPANIONS}
+    ours = {name for name in names if owner_of(name, owners) == file_name}
+    unowned = {name for name in names if not owner_of(name, owners)}
+    looked_at = {name: look_at(folder, name, name in ours) for name in (*sorted(ours), *sorted(unowned))}
+    parts: dict[tuple[int, int], Part] = {}
+    for part in filter(None, looked_at.values()):
+        plain = looked_at.get(part.name.removesuffix(".gz")) if part.compressed else None
+        if plain and plain.name != part.name and plain.first == part.first:
+            looked_at[part.name] = None
+        else:
+            parts.setdefault(part.identity, part)
+    passed_over = {name for name in names if not looked_at.get(name)} - {file_name}
+    return sorted(parts.values(), key=lambda part: (part.first, part.name)), sorted(passed_over)
+
+
+def owner_of(name: str, owners: set[str]) -> str:
+    """Whose file or part that is, by its name; "" if it is nobody's. `data.txt.v2.1` is that of data.txt.v2, if there
+    is one, and else of data.txt; `data.txt-20261124` is called so by logrotate's dateext."""
+    return max((one for one in owners if name == one or name.startswith((f"{one}.", f"{one}-"))), key=len, default="")
+
+
+def look_at(folder: Folder, name: str, ours: bool) -> Part | None:
+    """None for what does not begin with a record. Of ours a power cut may have left zeros, or a half, of it."""
+    try:
+        with open(folder.open(name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status, compressed = os.fstat(file.fileno()), file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            first = (gzip.GzipFile(fileobj=file) if compressed else file).readline(LINE_BYTES)
+    except (FileNotFoundError, EOFError, zlib.error, gzip.BadGzipFile):  # it has gone meanwhile, or is no gzip file
+        return None
+    except OSError:
+        if ours:  # what it has must not be taken for missing
+            raise
+        return None
+    created = created_of(first)
+    torn = ours and first and not compressed and RECORD_START.startswith(first[: len(RECORD_START)].rstrip(b"\0"))
+    if not stat.S_ISREG(status.st_mode) or not (created or torn):
+        return None
+    return Part(name, os.path.join(folder.path, name), created, status, compressed, ours)
+
+
+def lines_of(folder: Folder, part: Part) -> Iterator[bytes]:
+    """Raises Unusable for a compressed part that is broken."""
+    with open(folder.open(part.name, os.O_RDONLY), "rb") as file:
+        try:
+            yield from gzip.GzipFile(fileobj=file) if part.compressed else file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise Unusable(f"{part.path} cannot be decompressed ({error}): is it being written?") from error
+
+
+def read_tail(descriptor: int, path: str) -> bytes:
+    """The end of a file, with its last whole line at least. Raises Unusable if that is nowhere near."""
+    size, length = os.fstat(descriptor).st_size, LINE_BYTES
+    while True:
+        tail = os.pread(descriptor, min(size, length), max(0, size - length))
+        if length >= size or tail.count(b"\n") >= 2:
+            return tail
+        if length > LOOK_BACK_BYTES:
+            limit = LOOK_BACK_BYTES // 1024**2
+            raise Unusable(f"{path} has no record in its last {limit} MiB: is it another program's file? Move it away")
+        length *= 4
+
+
+def last_whole(descriptor: int, path: str, mend: bool) -> Record | None:
+    """The last whole record, None if there is none; `mend` cuts off a torn tail. Raises Unusable for what is no end of
+    a shared file."""
+    tail = read_tail(descriptor, path)
+    whole, line_feed, torn = tail.rpartition(b"\n")
+    last = last_record(whole + line_feed) if line_feed else None
+    begun = torn.rstrip(b"\0")  # a machine that crashed may leave zeros for what was not on disk yet
+    if (last and not is_json_record(last.line)) or not RECORD_START.startswith(begun[: len(RECORD_START)]):
+        raise Unusable(f"{path} does not end in a record: is it another program's file? Move it away")
+    if torn and mend:
+        log.warning("%s: cut off %d bytes of a record that was not written to its end", path, len(torn))
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))
+        os.fsync(descriptor)  # a power cut must not bring it back when this is no longer the newest part
+    elif torn:
+        log.warning("%s: ends in %d bytes of a record that was not written to its end", path, len(torn))
+    return Record(last.created, last.line, path) if last else None
+
+
+def mend_after_power_cut(descriptor: int, path: str) -> None:
+    """Cuts off everything from the first zero on in the last few MiB, and checks that the rest are records in order.
+
+    What was not flushed before a power cut may be there or not, block by block; a block that is not reads as zeros, and
+    may stand between others. All of it belongs to the last write, which is at most half of what is looked at: every
+    write is flushed before the next begins. The database still has the records that are cut off with it.
+    """
+    size = os.fstat(descriptor).st_size
+    start = max(0, size - LOOK_BACK_BYTES)
+    end = os.pread(descriptor, size - start, start)
+    skipped = end.find(b"\n") + 1 if start else 0  # the rest of a line that begins before
+    start, end = start + skipped, end[skipped:]
+    hole = end.find(b"\0")
+    whole = end[: end.rfind(b"\n", 0, hole if hole >= 0 else None) + 1]
+    created = RECORD.findall(whole)
+    if created and (len(created) != whole.count(b"\n") or not all(map(lt, created, created[1:]))):
+        raise Unusable(f"{path}: not all of its last lines are records in order; run background.py verify, and mend it")
+    nothing_else = not start and not whole and re.match(rb"\0|\{\"id", end) and not CONTROL.search(end)
+    if hole >= 0 and (created or nothing_else):
+        log.warning("%s: cut off %d bytes: a power cut left zeros among them", path, len(end) - len(whole))
+        os.ftruncate(descriptor, start + len(whole))
+        os.fsync(descriptor)
 
 
 # ---- The shared file ------------------------------------------------------------------------------------------------
 
 
+class Position(NamedTuple):
+    """What stands beside the file: up to where all is written, and into which file."""
+
+    record: Record | None  # None: the file is the first one, and has none yet
+    identity: tuple[int, int]  # device and inode: a hint
+    first: str  # `created` of that file's first record: what it is known by; "" while it has none, or an older exporter
+    knows_first: bool  # wrote this
+
+    @property
+    def created(self) -> str:
+        return self.record.created if self.record else BEFORE_ALL
+
+
+@dataclass(frozen=True)
+class Common:
+    """Up to where the files and the database agree."""
+
+    record: Record
+    part: Part  # that has it
+    end: int  # of the record, in that part
+    behind: list[Part]  # newer ones, which are not common at all
+
+
 class SharedFile:
     """The file that all instances append to. Whoever opens it has the turn; its position may be read at any time.
 
-    The file is its own checkpoint: its last whole line says what is there already, however the last writer ended. A
-    torn tail has no line feed and is cut off, so the file is always a sequence of whole lines.
-    It may be renamed at any moment. The position beside it names the file (device and inode) before the first byte
-    is appended to it, so the last line is found in the renamed file, as long as that stays in the folder; after that,
-    the `created` in the position is what is left to go by.
+    Why no record is lost or repeated in it:
+      * The file is its own checkpoint: its last whole record is what the next one has to follow on, however the last
+        writer ended. A torn tail has no line feed and is cut off, so it is always a sequence of whole lines.
+      * It may be renamed at any moment. The position names the file (device, inode, first record) durably before the
+        first byte is appended to it. So when the file is new and empty, the last record of the part that the position
+        names, or the position's own if that is later, is what the next one has to follow on. A part is recognised by
+        its first record; names and inodes only say where to look first.
+      * The position's record is never ahead of what was flushed to the file, and may be behind. So a file that ends
+        before it was shortened, and a part that does was cut: the first is mended from the database, which follows on
+        any record that it has; the second is for a person, as others may have what is missing.
+      * Only a folder without a record, a part and a position has no last record.
+    What is not in the folder cannot be looked at: a part that is moved out of it, or deleted, should have been there
+    until the next record was written.
     """
 
-    def __init__(self, directory: str, file_name: str) -> None:
+    def __init__(self, directory: str, file_name: str, rotate_bytes: int = 0, keep_files: int = 0) -> None:
         self.path = os.path.join(directory, file_name)
-        self._directory = directory
+        self._name = file_name
+        self._rotate_bytes = rotate_bytes
+        self._keep_files = keep_files
+        self._looked_at: tuple[int, int] | None = None  # the file that a power cut left nothing in
         self._descriptor = -1
+        self._first = ""  # `created` of its first record
+        self._folder: Folder
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[str]:
-        """The file, open, locked and whole; gives the `created` of the last record in it or in its renamed parts.
+    def opened(self, folder: Folder) -> Iterator[Record | None]:
+        """The file, open, locked and whole; gives the record that the next one has to follow on, None for the first.
 
         Raises BlockingIOError if another instance is writing to it or to its renamed predecessor, Unusable, OSError.
         """
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._folder = folder
         try:
-            flock(self._descriptor, self.path)
-            created, named = self.position()
-            last = max(created, last_whole(self._descriptor, self.path, mend=True))
-            if named != identity(os.fstat(self._descriptor)):
-                last = max([last, *self._last_of_renamed(named)])
-                self._write_position(last, durable=True)
-            yield last
+            yield self._open()
         finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
             os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _open(self) -> Record | None:
+        position = self.position(self._folder)
+        try:
+            self._descriptor = self._folder.open(self._name, os.O_RDWR | os.O_APPEND)
+        except FileNotFoundError:
+            return self._begin(position)
+        flock(self._descriptor, self.path)
+        here = identity(os.fstat(self._descriptor))
+        if self._looked_at != here:
+            mend_after_power_cut(self._descriptor, self.path)
+        end = last_whole(self._descriptor, self.path, mend=True)
+        self._first = created_of(os.pread(self._descriptor, LINE_BYTES, 0).partition(b"\n")[0] + b"\n") if end else ""
+        if not (position and position.identity == here and end and position.created <= end.created):
+            end = self._find_last(position, end, here)
+        self._looked_at = here
+        return end
+
+    def _begin(self, position: Position | None) -> Record | None:
+        """Makes the file. It gets its name last, when it has the mode and owner of the one before and the position
+        names it: a kill before leaves none, and one that has the inode of a deleted file is not taken for that."""
+        parts = self._mended_parts(None)
+        last = self._last_before(position, parts, None)
+        before = self._named(position, parts) or next((part for part in reversed(parts) if part.ours), None)
+        new = f"{self._name}.position.file"
+        self._descriptor = self._folder.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o644)
+        flock(self._descriptor, self.path)
+        if before:
+            os.fchmod(self._descriptor, stat.S_IMODE(before.status.st_mode))
+            with contextlib.suppress(PermissionError):  # only root can give a file to another user
+                os.fchown(self._descriptor, before.status.st_uid, before.status.st_gid)
+        self._first, here = "", identity(os.fstat(self._descriptor))
+        self._write_position(last, here, "")
+        self._folder.replace(new, self._name)
+        self._folder.sync()
+        self._looked_at = here
+        return last
+
+    def _find_last(self, position: Position | None, end: Record | None, here: tuple[int, int]) -> Record | None:
+        """The last record, where the position does not say that it is in this file; from then on it does."""
+        parts = self._mended_parts(here)
+        if end:
+            self._check_newest(position, end, parts)
+        else:
+            end = self._last_before(position, parts, here)
+        self._write_position(end, here, self._first)
+        self._folder.sync()
+        return end
+
+    def _mended_parts(self, here: tuple[int, int] | None) -> list[Part]:
+        """All but the file itself. None of them begins with zeros or half a record any more."""
+        parts = [part for part in self._parts() if part.identity != here]
+        for part in [part for part in parts if not part.first]:
+            self._last_of(part, mend=True)
+        return parts
+
+    def _check_newest(self, position: Position | None, end: Record, parts: list[Part]) -> None:
+        """Raises Unusable if a part goes further than the file."""
+        for part in [part for part in parts if part.ours and not (part.compressed and part.first <= end.created)]:
+            if (last := self._last_of(part)) and last.created > end.created:
+                raise Unusable(f"{part.path} goes on to {last.created}, {self.path} ends in {end.created}: was one of"
+                               " them replaced by a copy? Move the one that is too many out of the folder")  # fmt: skip
+        if position and position.created > end.created:
+            log.warning("%s ends in %s, and was written up to %s: it was shortened; going on from its end",
+                        self.path, end.created, position.created)  # fmt: skip
+
+    def _last_before(self, position: Position | None, parts: list[Part], here: tuple[int, int] | None) -> Record | None:
+        """The last record before an empty file. Raises Unusable if what the position says is written is not there."""
+        last = position.record if position else None
+        if position and (named := self._named(position, parts)):
+            end = self._last_of(named, mend=named.status.st_ino == position.identity[1])
+            if position.first and (not end or end.created < position.created):
+                raise Unusable(f"{named.path} ends in {end.created if end else 'no record'}, and was written up to"
+                               f" {position.created}: records were cut off. Put them back; or remove"
+                               f" {self.path}.position, and they are written again")  # fmt: skip
+            last = later(last, end)
+        elif position and position.first and position.identity == here:
+            raise Unusable(
+                f"{self.path} was emptied, and no file in its folder has what was in it, up to"
+                f" {position.created}. Put it back; or remove the file, to go on after that"
+            )
+        elif position and position.first:
+            log.info("%s is a new file, and its last part is not here; going on after %s", self.path, position.created)
+        newer = [part for part in parts if part.ours and (not last or part.first > last.created)]
+        for part in [part for part in newer if part.first == newer[-1].first]:
+            last = later(last, self._last_of(part, mend=True))
+        if not last and not position and self._has_position():
+            raise Unusable(f"{self.path}.position is broken, and no file here says what was written: mend it, or remove"
+                           " it to begin with the first record")  # fmt: skip
+        if last and last.path != f"{self.path}.position" and (not position or last.created > position.created):
+            known = "is older" if position else "is missing or broken"
+            log.warning("%s.position %s; going on after %s, the last record of %s",
+                        self.path, known, last.created, last.path)  # fmt: skip
+        return last
+
+    def _has_position(self) -> bool:
+        try:
+            self._folder.stat(f"{self._name}.position")
+            return True
+        except FileNotFoundError:
+            return False
+
+    def _parts(self) -> list[Part]:
+        return find_parts(self._folder, self._name)[0]
+
+    def _named(self, position: Position | None, parts: list[Part]) -> Part | None:
+        """The part that the position names: where the inode leads to, or else any, if it begins with that record."""
+        if not position:
+            return None
+
+        def fits(part: Part) -> bool:
+            return part.first == position.first if position.first else (
+                not part.first or part.first > position.created or not position.knows_first)  # fmt: skip
+
+        def likely(part: Part) -> tuple[bool, bool, bool]:
+            inode = part.identity[1] == position.identity[1]
+            return part.identity == position.identity, inode, part.ours
+
+        known = [part for part in parts if fits(part) and (likely(part)[1] or (position.first and part.ours))]
+        return max(known, key=likely, default=None)
+
+    def _last_of(self, part: Part, mend: bool = False) -> Record | None:
+        """The last record of a part. It is mended if nobody else can be writing to it: this exporter's own."""
+        if part.compressed:
+            last = b""
+            for line in lines_of(self._folder, part):
+                last = line
+            return Record(created_of(last), last, part.path) if created_of(last) else None
+        descriptor = self._folder.open(part.name, os.O_RDWR if mend else os.O_RDONLY)
+        try:
+            if mend:
+                flock(descriptor, part.path)
+                mend_after_power_cut(descriptor, part.path)
+            return last_whole(descriptor, part.path, mend)
+        finally:
+            os.close(descriptor)
 
     def append(self, lines: bytes) -> None:
         """Whole lines to the end and to disk, or nothing: what was written of them is cut off again. Raises OSError."""
@@ -301,98 +815,205 @@ class SharedFile:
         except OSError:
             os.ftruncate(self._descriptor, size)
             raise
-        with contextlib.suppress(OSError):  # stale is safe: the last line of the file it names is looked at anyway
-            self._write_position(last_created(lines), durable=False)
+        self._check_place(size, len(lines))
+        self._first = self._first or created_of(lines[: lines.find(b"\n") + 1])
+        with contextlib.suppress(OSError):  # stale is safe: the last record of the file it names is looked at anyway
+            here = identity(os.fstat(self._descriptor))
+            self._write_position(last_record(lines), here, self._first)
 
-    def position(self) -> tuple[str, tuple[int, int]]:
-        """Up to where all is written, and into which file. If that cannot be read, the files themselves say it."""
+    def _check_place(self, size: int, written: int) -> None:
+        """What was written must be in a file that has a name, and behind what was there; only then the position may say
+        that it is: copying the file and deleting or truncating it (mv to another file system, copytruncate) takes no
+        lock, and the copy may lack these records."""
+        status = os.fstat(self._descriptor)
+        if not status.st_nlink:
+            raise Unusable(f"{self.path} was deleted while it was written to; its last records go into a new one")
+        if status.st_size != size + written:
+            os.ftruncate(self._descriptor, max(0, min(size, status.st_size - written)))
+            raise Unusable(f"{self.path} was changed by another program while it was written to")
+
+    # -- rotation
+
+    def room_for(self, lines: bytes) -> int:
+        """How many bytes of these lines may be appended now: whole lines, at least one. Rotates first if none fits."""
+        if not self._rotate_bytes:
+            return len(lines)
+        room = self._rotate_bytes - os.fstat(self._descriptor).st_size
+        first = lines.find(b"\n") + 1
+        if self._first and room < first:
+            self.rotate()
+            room = self._rotate_bytes
+        return max(first, lines.rfind(b"\n", 0, max(room, 0)) + 1) if room < len(lines) else len(lines)
+
+    def rotate(self) -> None:
+        """Renames the file to its first `created`, so that parts sort, and begins a new one as after any rename."""
+        part = f"{self._name}.{self._first.replace('-', '').replace(':', '')}"
+        with contextlib.suppress(FileNotFoundError):
+            self._folder.stat(part)
+            raise Unusable(f"{os.path.join(self._folder.path, part)} is there already; move it out of the folder")
+        with contextlib.suppress(FileNotFoundError):  # another one was quicker to rename it
+            if os.path.samestat(self._folder.stat(self._name), os.fstat(self._descriptor)):
+                self._folder.replace(self._name, part)
+        self._close()
+        self._open()
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        """KEEP_FILES of the parts that rotation made stay, compressed or not; those of other names are not touched."""
+        made = re.compile(re.escape(self._name) + r"\.[0-9]{8}T[0-9]{6}\.[0-9]{6}Z(\.gz)?")
+        names = sorted(name for name in os.listdir(self._folder.descriptor) if made.fullmatch(name))
+        for name in names[: -self._keep_files] if self._keep_files else ():
+            self._folder.unlink(name)
+
+    # -- for reconcile
+
+    def mended_parts(self, folder: Folder) -> list[Part]:
+        """All parts in order; the last one ends in a whole record."""
+        self._folder = folder
+        for part in self._parts()[-1:]:
+            self._last_of(part, mend=True)
+        return self._parts()
+
+    def was_cut(self, last: Record) -> bool:
+        """Whether the position is ahead of the last record that is left, as a reconcile was killed in its cut. Raises
+        Unusable if it is ahead for another reason."""
+        position = self.position(self._folder)
+        if not position or position.created <= last.created:
+            return False
+        if position.record and any(matches(position.record.line, line) for line in self._cut_lines()):
+            return True
+        raise Unusable(f"{self.path} was written up to {position.created}, and no file in its folder has what is"
+                       f" behind {last.created}: bring that part back, and run this again")  # fmt: skip
+
+    def _cut_lines(self) -> set[bytes]:
         try:
-            with open(f"{self.path}.position", encoding="utf-8") as file:
-                position = json.load(file)
-            just_after(position["created"])
-            return position["created"], (position["device"], position["inode"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return BEFORE_ALL, (-1, -1)
+            with open(self._folder.open(f"{self._name}.cut", os.O_RDONLY), "rb") as file:
+                return {line for line in file if line.endswith(b"\n")}
+        except FileNotFoundError:
+            return set()
 
-    def _write_position(self, created: str, durable: bool) -> None:
-        device, inode = identity(os.fstat(self._descriptor))
-        with open(f"{self.path}.position.new", "w", encoding="utf-8") as file:
-            json.dump({"created": created, "device": device, "inode": inode}, file)
+    def keep(self, lines: Iterator[bytes]) -> None:
+        """Adds lines to FILE_NAME.cut, each once, to disk. What a kill has torn there is cut off, and added whole."""
+        known = self._cut_lines()
+        with open(self._folder.open(f"{self._name}.cut", os.O_RDWR | os.O_CREAT), "r+b") as file:
+            content_end = file.seek(0, os.SEEK_END)
+            torn = len(read_tail(file.fileno(), file.name).rpartition(b"\n")[2]) if content_end else 0
+            file.seek(content_end - torn)
+            file.truncate()
+            file.writelines(line for line in lines if line not in known)
             file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(file.name, f"{self.path}.position")
+            os.fsync(file.fileno())
+        self._folder.sync()
 
-    def _last_of_renamed(self, named: tuple[int, int]) -> Iterator[str]:
-        """The last `created` of each earlier shared file in the folder: of the one that the position names, which may
-        have a torn tail, and of those that are called FILE_NAME.something."""
-        for entry in os.scandir(self._directory):
-            companion = entry.name.endswith(COMPANIONS) and entry.inode() != named[1]
-            ours = entry.path in (self.path, f"{self.path}.lock")  # the lock may have the inode of a part that is gone
-            if ours or companion or not entry.is_file(follow_symlinks=False):
-                continue
-            mend = identity(entry.stat()) == named
-            if mend or is_part(entry.path, self.path):
-                with open(entry.path, "r+b" if mend else "rb") as file:
-                    flock(file.fileno(), entry.path)
-                    try:
-                        yield last_whole(file.fileno(), entry.path, mend)
-                    except Unusable:
-                        log.info("%s is no part of the shared file: passed over", entry.path)
+    def cut_behind(self, common: Common) -> None:
+        """Cuts all behind that record: the newest part first, the position last."""
+        for part, end in (*((part, 0) for part in reversed(common.behind)), (common.part, common.end)):
+            descriptor = self._folder.open(part.name, os.O_RDWR)
+            try:
+                flock(descriptor, part.path)
+                os.ftruncate(descriptor, end)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if not end and part.name != self._name:
+                self._folder.unlink(part.name)
+        self._write_position(common.record, common.part.identity, common.part.first)
+        self._folder.sync()
+
+    # -- the position
+
+    def position(self, folder: Folder | None = None) -> Position | None:
+        """None if it is missing or cannot be read: then the files themselves say where they end."""
+        path = f"{self.path}.position"
+        try:
+            with open(folder.open(f"{self._name}.position", os.O_RDONLY) if folder else path, encoding="utf-8") as file:
+                text = json.load(file)  # another OSError than that it is not there does not mean that it is not there
+            just_after(text["created"])
+            known = text.get("record")  # older exporters know its time only
+            if not isinstance(known, dict) or known.get("created") != text["created"]:
+                known = {"created": text["created"]}
+            line = json.dumps(known).encode() + b"\n"
+            record = Record(text["created"], line, path) if text["created"] > BEFORE_ALL else None
+            named = int(text["device"]), int(text["inode"])
+            return Position(record, named, str(text.get("first", "")), "first" in text)
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def _write_position(self, record: Record | None, named: tuple[int, int], first: str) -> None:
+        """Older exporters read `created`, `device` and `inode` of it. Its content is flushed before it takes the old
+        one's place: a power cut leaves one of the two."""
+        created = record.created if record else BEFORE_ALL
+        text = {"created": created, "device": named[0], "inode": named[1], "first": first}
+        new = f"{self._name}.position.new"
+        with open(self._folder.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
+            json.dump(text | {"record": json.loads(record.line) if record else None}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self._folder.replace(new, f"{self._name}.position")
 
 
-def identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def is_part(path: str, shared: str) -> bool:
-    """Whether it is called as the shared file or its renamed parts are."""
-    return path == shared or (path.startswith(f"{shared}.") and not path.endswith(COMPANIONS))
-
-
-def last_whole(descriptor: int, path: str, mend: bool) -> str:
-    """The `created` of the last whole line; `mend` cuts off a torn tail. Raises Unusable for another program's file."""
-    size = os.fstat(descriptor).st_size
-    tail, start = b"", size
-    while start and tail.count(b"\n") < 2:
-        start = max(0, start - TAIL_BYTES)
-        tail = os.pread(descriptor, size - start, start)
-    whole, line_feed, torn = tail.rpartition(b"\n")
-    created = last_created(whole + line_feed) if line_feed else BEFORE_ALL
-    begun = torn.rstrip(b"\0")  # a machine that crashed may leave zeros for what was not on disk yet
-    if not created or not RECORD_START.startswith(begun[: len(RECORD_START)]):
-        raise Unusable(f"{path} does not end in a record: is it another program's file? Move it away")
-    if torn and mend:
-        log.warning("%s: cut off %d bytes of a record that was not written to its end", path, len(torn))
-        os.ftruncate(descriptor, size - len(torn))
-    return created
+def later(one: Record | None, other: Record | None) -> Record | None:
+    return max((record for record in (one, other) if record), key=lambda record: record.created, default=None)
 
 
 # ---- The exporter ---------------------------------------------------------------------------------------------------
 
 
 class Exporter:
-    """Fetches when it may, writes when it can. Nothing is fetched while it owns the turn."""
+    """Fetches when it may, writes when it can. Nothing is fetched while it owns the turn.
+
+    What waits in memory is a chain: a record, `_before`, and portions that follow on it without a gap. In a turn it
+    either contains the last record of the file, and what is behind that is appended, or all of it is dropped and
+    fetched again from there. Whatever became of the file or the database meanwhile, nothing else is ever appended.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.ending = self.fetching = False  # a fetch may be interrupted: what was read can be read again
+        self.written = 0
         self._settings = settings
         self._turn = Turn(settings.directory, settings.file_name)
-        self._file = SharedFile(settings.directory, settings.file_name)
+        self._file = SharedFile(settings.directory, settings.file_name, settings.rotate_bytes, settings.keep_files)
+        self._source = Source(settings)
         self._poll_seconds = self._backoff_seconds = settings.request_delay / 1000
         self._fetch_at = 0.0  # not before this time, on the monotonic clock
-        self._faults: dict[str, float] = {}  # what is out of order, and since when
+        self._no_turn_since = 0.0  # on the monotonic clock; 0: it was had
+        self._faults: dict[str, tuple[float, float]] = {}  # what is out of order: since when, and when it was said
         self._waiting: deque[bytes] = deque()  # portions
-        self.written = 0
-        self._follow_after(self._file.position()[0])  # which is never ahead of the file
+        self._in_file: Record | None = None  # the last one that is known to be in the file
+        self._looked = False  # whether it is known
+        self._folder: tuple[int, int] | None = None  # the one of the last turn: device and inode
+        self._begin_after(self._hint())
 
-    def _follow_after(self, created: str) -> None:
-        self._last = created  # the last record that was fetched or is in the file
-        self._records = follow(self._settings, just_after(created))
+    def _hint(self) -> Record | None:
+        """Where to begin if the turn cannot be had."""
+        try:
+            position = self._file.position()
+        except OSError:  # a turn says so
+            return None
+        return position.record if position else None
+
+    def _begin_after(self, record: Record | None) -> None:
+        """Drops what waits, and fetches from there."""
+        self._waiting.clear()
+        self._before = self._last = record  # of the chain: what it follows on, and its end
+        self._records = self._source.follow(record)
 
     @property
     def waiting_records(self) -> int:
         return sum(lines.count(b"\n") for lines in self._waiting)
+
+    @property
+    def lag_seconds(self) -> float | None:
+        """How far the file is behind the database's newest record; None while that is not known."""
+        newest, last = self._source.newest, self._in_file
+        if not newest or not last:
+            return None
+        return max(0.0, (datetime.fromisoformat(newest) - datetime.fromisoformat(last.created)).total_seconds())
+
+    @property
+    def faults(self) -> list[str]:
+        """What is out of order: backend, database, turn, shared file."""
+        return sorted(self._faults)
 
     def step(self) -> float:
         """One fetch, if it is due, and one attempt to write what waits; the seconds to wait before the next step."""
@@ -402,6 +1023,8 @@ class Exporter:
             self._fetch_at = time.monotonic() + pause
         if self._waiting:
             self.write()
+        elif self._looked:
+            self._no_turn_since = 0.0  # nobody asks for one
         pause = max(0.0, self._fetch_at - time.monotonic())
         return min(pause, BUSY_SECONDS) if self._waiting else pause
 
@@ -409,19 +1032,27 @@ class Exporter:
         """Gets what there is, a portion at most; the seconds to wait before the next."""
         try:
             lines = self._next_lines()
+        except Missing as missing:
+            return self._without_predecessor(missing)
         except UNREACHABLE as error:
-            self._note("backend", f"{type(error).__name__}: {error}")
-            self._follow_after(self._last)
-            self._backoff_seconds = min(MAX_DELAY_SECONDS, 2 * self._backoff_seconds)
+            self._note("backend", f"{type(error).__name__}: {error}; retrying")
+            self._records = self._source.follow(self._last)
             wish = error.retry_after_seconds if isinstance(error, Refused) else 0.0
-            return max(wish, random.uniform(0.5, 1.0) * self._backoff_seconds)
+            return max(wish, self._back_off())
         self._note("backend")
+        self._note("database")
         self._backoff_seconds = self._poll_seconds
         if not lines:
             return self._poll_seconds
+        if self._source.kept_from and not self._last:
+            log.warning("the database has deleted what was stored before %s: beginning there", self._source.kept_from)
         self._waiting.append(lines)
-        self._last = last_created(lines)
+        self._last = last_record(lines)
         return 0.0
+
+    def _back_off(self) -> float:
+        self._backoff_seconds = min(MAX_DELAY_SECONDS, 2 * self._backoff_seconds)
+        return random.uniform(0.5, 1.0) * self._backoff_seconds
 
     def _next_lines(self) -> bytes:
         self.fetching = True
@@ -432,36 +1063,102 @@ class Exporter:
         finally:
             self.fetching = False
 
+    def _without_predecessor(self, missing: Missing) -> float:
+        """The database does not know what we asked from. If that is truly the last record of the file, nobody can tell
+        what is to follow it; else it was only our memory that is out of date, or the file was changed meanwhile."""
+        self._note("backend")
+        self._begin_after(missing.record)
+        self._looked = False
+        self.write()
+        if self._looked and is_same(self._in_file, missing.record) and self._in_file:
+            self._note("database", without_predecessor(self._in_file, missing, self._settings), REMIND_SECONDS)
+            return self._back_off()
+        return 0.0 if self._looked else self._poll_seconds
+
     def write(self) -> None:
-        """Writes what waits, if the turn can be had and it is not in the file already."""
+        """Writes what waits, if the turn can be had and it is not in the file already; learns what is in the file."""
         try:
-            with self._turn.taken() as ours:
-                if not ours:
-                    return
-                with self._file.opened() as last:
-                    self._append_after(last)
-            self._note("shared file")
+            with self._turn.taken() as folder:
+                if folder:
+                    self._note_folder(identity(os.fstat(folder.descriptor)))
+                    with self._file.opened(folder) as last:
+                        self._append_after(last)
+            self._note_turn(bool(folder))
+            if folder:
+                self._note("shared file")
         except BlockingIOError:
-            self._note("shared file", f"{self._turn.path} was removed while another instance is writing")
+            self._note("shared file", f"{self._turn.path} was removed while another instance is writing; retrying")
         except OSError as error:
-            self._note("shared file", str(error))
+            self._note("shared file", f"{error}; retrying", REMIND_SECONDS if isinstance(error, Unusable) else 0.0)
 
-    def _append_after(self, last: str) -> None:
-        if last > self._last:
-            self._follow_after(last)
+    def _append_after(self, last: Record | None) -> None:
+        if self._in_file and not last:
+            log.warning("%s: neither file nor part nor position is there any more; beginning anew", self._file.path)
+        self._in_file, self._looked = last, True
+        if not self._drop_until(last):
+            self._begin_after(last)
         while self._waiting:
-            if lines := later_than(last, self._waiting[0]):
-                self._file.append(lines)
-                self.written += lines.count(b"\n")
+            lines = self._waiting[0]
+            room = self._file.room_for(lines)
+            self._file.append(lines[:room])
+            self._in_file = self._before = last_record(lines[:room])
+            self.written += lines.count(b"\n", 0, room)
             self._waiting.popleft()
+            if room < len(lines):
+                self._waiting.appendleft(lines[room:])
 
-    def _note(self, what: str, fault: str = "") -> None:
-        """Two lines for each outage: when it begins, and how long it lasted."""
-        if fault and what not in self._faults:
-            self._faults[what] = time.monotonic()
-            log.warning("%s: %s; trying on", what, fault)
-        elif not fault and what in self._faults:
-            log.info("%s: back after %.1f s", what, time.monotonic() - self._faults.pop(what))
+    def _drop_until(self, last: Record | None) -> bool:
+        """Drops from memory what is in the file already; False if memory does not contain the file's last record."""
+        if is_same(last, self._before):
+            return True
+        while self._waiting and last:
+            lines = self._waiting.popleft()
+            if last.created <= last_record(lines).created:
+                end = end_within(lines, last)
+                self._before = last
+                if 0 <= end < len(lines):
+                    self._waiting.appendleft(lines[end:])
+                return end >= 0
+        return False
+
+    def _note_folder(self, now: tuple[int, int]) -> None:
+        """Another one at its path, as where a volume is away: what it has is followed on, and nothing of the other."""
+        if self._folder not in (None, now):
+            log.warning("DIRECTORY %s is another folder than before; going on in it", self._settings.directory)
+        self._folder = now
+
+    def _note_turn(self, had: bool) -> None:
+        now = time.monotonic()
+        self._no_turn_since = 0.0 if had else self._no_turn_since or now
+        if had:
+            self._note("turn")
+        elif now - self._no_turn_since >= TURN_SECONDS:
+            self._note("turn", f"none for {TURN_SECONDS:.0f} s: {self._turn.blocked_by}; waiting", REMIND_SECONDS)
+
+    def _note(self, what: str, fault: str = "", remind_seconds: float = 0.0) -> None:
+        """Two lines per outage: when it begins, and how long it lasted. What a person has to mend is said again."""
+        now = time.monotonic()
+        since, said = self._faults.get(what, (now, -1.0))
+        if fault:
+            if said < 0 or (remind_seconds and now - said >= remind_seconds):
+                log.warning("%s: %s", what, fault)
+                said = now
+            self._faults[what] = since, said
+        elif said >= 0:
+            log.info("%s: back after %.1f s", what, now - since)
+            del self._faults[what]
+
+
+def without_predecessor(last: Record, missing: Missing, settings: Settings) -> str:
+    """One line for a person: what was found, in which file, and the ways out."""
+    found = f"{last.path} ends in {name_of(last.line)}, and {missing} ({settings.url}): nothing is appended."
+    anew = f"stop the exporters and move {settings.file_name}, its parts and companions away together"
+    if missing.kept_from:
+        return f"{found} What was stored in between is missing here for ever. To go on with what is left, {anew}"
+    return (
+        f"{found} If the database was restored or has failed over, run background.py reconcile; if it is another one,"
+        f" correct URL or DIRECTORY; if the file was edited, put its last record back. To begin anew, {anew}"
+    )
 
 
 # ---- Verifying ------------------------------------------------------------------------------------------------------
@@ -471,20 +1168,33 @@ class Difference(Exception):
     """The first place where the shared file and the database differ."""
 
 
-def verify(settings: Settings, date_from: str = just_after(BEFORE_ALL), date_to: str = "") -> int:
+def verify(settings: Settings, date_from: str = EPOCH, date_to: str = "") -> int:
     """Compares the shared file with the database in a window, record by record; the exit status."""
-    count = 0
-    in_database, in_file = stored_lines(settings, date_from, date_to), shared_lines(settings, date_from, date_to)
+    count, source = 0, Source(settings)
     try:
-        for stored, shared in zip_longest(in_database, in_file, fillvalue=b""):
-            if stored != shared:
-                raise Difference(f"after {count} equal records {describe(stored, shared)}")
-            count += 1
+        with contextlib.closing(Folder(settings.directory)) as folder:
+            parts, passed_over = find_parts(folder, settings.file_name)
+            print(
+                *(f"passed over, as it is no part of {settings.file_name}: {name}\n" for name in passed_over),
+                sep="",
+                end="",
+            )
+            if settings.keep_files and parts and date_from < parts[0].first:
+                date_from = parts[0].first
+                print(f"compared from {date_from} on: older parts are deleted, as KEEP_FILES is {settings.keep_files}")
+            in_database = stored_lines(source, date_from, date_to)
+            in_file = shared_lines(folder, parts, lambda: max(date_from, source.kept_from), date_to)
+            for stored, shared in zip_longest(in_database, in_file, fillvalue=b""):
+                if not stored or not shared or not matches(shared, stored):
+                    raise Difference(f"after {count} equal records {describe(stored, shared)}")
+                count += 1
     except Difference as difference:
         print(f"not equal: {difference}")
-    except UNREACHABLE as error:
+    except (*UNREACHABLE, Missing) as error:
         print(f"cannot compare: {error}")
     else:
+        if source.kept_from:
+            print(f"compared from {source.kept_from} on: the database has deleted what was before")
         print(f"equal: {count} records")
         return 0
     return 1
@@ -499,39 +1209,140 @@ def describe(stored: bytes, shared: bytes) -> str:
     return f"a record differs: file {shared.decode()} database {stored.decode()}"
 
 
-def stored_lines(settings: Settings, date_from: str, date_to: str) -> Iterator[bytes]:
-    for lines in iter(follow(settings, date_from, date_to).__next__, b""):
+def stored_lines(source: Source, date_from: str, date_to: str) -> Iterator[bytes]:
+    for lines in iter(source.follow(None, date_from, date_to).__next__, b""):
         yield from lines.splitlines(keepends=True)
 
 
-def shared_lines(settings: Settings, date_from: str, date_to: str) -> Iterator[bytes]:
+def shared_lines(folder: Folder, parts: list[Part], date_from: Callable[[], str], date_to: str) -> Iterator[bytes]:
     """The lines of the shared file and its renamed parts, in order. Raises Difference for one that cannot be there."""
-    last = ""
-    for path in parts_in_order(settings.directory, settings.file_name):
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                created = created_of(line)
-                if created <= last:
-                    raise Difference(f"line {number} of {path} is no record later than the one before: {line[:200]!r}")
-                last = created
-                if date_from <= created and (created < date_to or not date_to):
-                    yield line
+    last, last_path = "", ""
+    for part in parts:
+        for number, line in enumerate(lines_of(folder, part), 1):
+            created = created_of(line)
+            if created <= last:
+                before = "" if last_path == part.path else f" in {last_path}"
+                raise Difference(
+                    f"line {number} of {part.path} is no record later than the one before{before}: {line[:200]!r}"
+                )
+            last, last_path = created, part.path
+            if date_from() <= created and (created < date_to or not date_to):
+                yield line
 
 
-def parts_in_order(directory: str, file_name: str) -> list[str]:
-    """Paths. What does not begin with a record, as a compressed part, is passed over."""
-    parts = []
-    for entry in os.scandir(directory):
-        if entry.is_file() and is_part(entry.name, file_name):
-            with open(entry.path, "rb") as file:
-                parts.append((created_of(file.readline(TAIL_BYTES)), entry.path))
-    return [path for created, path in sorted(parts) if created]
+# ---- Reconciling ----------------------------------------------------------------------------------------------------
 
 
-DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?Z?"
+class Impossible(Exception):
+    """Nothing was changed, or not all. The message says why, and what to do."""
 
 
-ENDING = (signal.SIGTERM, signal.SIGINT)
+def reconcile(settings: Settings, dry_run: bool, agreed: bool) -> int:
+    """Gives back to the database what it lost and the file still has; the exit status.
+
+    It is the one place where HTTP is spoken under the lock: nobody may append meanwhile. Killed anywhere and run again,
+    it ends in the same state: (a) records are in FILE_NAME.cut, on disk, before (b) they are sent, under their own ids,
+    which the database stores once; (c) nothing is cut before all are stored. The cut goes from the newest part to the
+    oldest, so what is left is always a prefix of what was there; exporters that find it half done stop, as .position is
+    ahead until the end, or go on from where the files end, which is then in the database.
+    """
+    turn, file = Turn(settings.directory, settings.file_name), SharedFile(settings.directory, settings.file_name)
+    deadline = time.monotonic() + TURN_SECONDS
+    try:
+        while True:
+            with turn.taken() as folder:
+                if folder:
+                    return reconcile_in(folder, settings, file, None if dry_run else agreed)
+            if time.monotonic() > deadline:
+                raise Impossible(f"no turn for {TURN_SECONDS:.0f} s: {turn.blocked_by}")
+            time.sleep(BUSY_SECONDS)
+    except Impossible as reason:
+        print(f"cannot reconcile: {reason}")
+    except (*UNREACHABLE, Missing) as error:
+        kind = "" if isinstance(error, Unusable) else f"{type(error).__name__}: "
+        print(f"cannot reconcile, nothing was cut: {kind}{error}")
+    return 1
+
+
+def reconcile_in(folder: Folder, settings: Settings, file: SharedFile, agreed: bool | None) -> int:
+    """In the turn: finds what is to be done, says it, asks unless `agreed`, and does it. None: only says it."""
+    source = Source(settings)
+    parts = file.mended_parts(folder)
+    common = find_common(folder, parts, source)
+    count = sum(1 for _ in lines_behind(folder, common))
+    last = last_record(b"".join(deque(lines_behind(folder, common), 1)) or common.record.line)
+    if not file.was_cut(last) and not count:
+        print(f"nothing to do: {common.part.path} ends in {name_of(common.record.line)}, which the database has")
+        return 0
+    names = ", ".join(part.path for part in (*reversed(common.behind), common.part))
+    print(f"{name_of(common.record.line)} in {common.part.path} is the last one that file and database have in common.")
+    print(f"{count} records behind it are to be kept in {file.path}.cut, sent to {settings.url} under their own"
+          f" ids, and cut from {names}.")  # fmt: skip
+    print("Exporters then append them again, with a new `created`: who follows the file sees them a second time.")
+    if agreed is None:
+        return 0
+    if not agreed:
+        print("Go on? [y/N] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nothing was changed")
+            return 1
+    file.keep(lines_behind(folder, common))
+    give_back(source, lines_behind(folder, common))
+    try:
+        file.cut_behind(common)
+    except OSError as error:
+        raise Impossible(f"all records are in the database, and not all were cut ({error}); run this again") from error
+    print(f"done: {count} records are in the database, and in {file.path}.cut")
+    return 0
+
+
+def find_common(folder: Folder, parts: list[Part], source: Source) -> Common:
+    """The longest common prefix of files and database, searched from the end backwards. Raises Impossible."""
+    for number in reversed(range(len(parts))):
+        part = parts[number]
+        if part.compressed:
+            raise Impossible(f"{part.path} is compressed, and may have to be cut: decompress it, and run this again")
+        for start, lines in blocks_backwards(folder, part):
+            if not all(map(created_of, lines)):
+                raise Impossible(f"{part.path} has lines that are no records; run background.py verify, and mend it")
+            window = stored_lines(source, created_of(lines[0]), just_after(created_of(lines[-1])))
+            stored = {created_of(line): line for line in window}
+            for count in range(len(lines), 0, -1):
+                line = lines[count - 1]
+                if matches(line, stored.get(created_of(line), b"")):
+                    end = start + sum(map(len, lines[:count]))
+                    return Common(Record(created_of(line), line, part.path), part, end, parts[number + 1 :])
+    raise Impossible("file and database have no record in common: it is another database, or another file")
+
+
+def blocks_backwards(folder: Folder, part: Part) -> Iterator[tuple[int, list[bytes]]]:
+    """The lines of a part, the last ones first, in blocks: where each begins, and its lines in their order."""
+    descriptor = folder.open(part.name, os.O_RDONLY)
+    try:
+        end = os.fstat(descriptor).st_size
+        while end:
+            start = max(0, end - LINE_BYTES * 16)
+            data = os.pread(descriptor, end - start, start)
+            skipped = data.find(b"\n") + 1 if start else 0
+            yield start + skipped, data[skipped:].splitlines(keepends=True)
+            end = start + skipped
+    finally:
+        os.close(descriptor)
+
+
+def lines_behind(folder: Folder, common: Common) -> Iterator[bytes]:
+    for part in (common.part, *common.behind):
+        with open(folder.open(part.name, os.O_RDONLY), "rb") as file:
+            file.seek(common.end if part is common.part else 0)
+            yield from file
+
+
+def give_back(source: Source, lines: Iterator[bytes]) -> None:
+    while batch := list(islice(lines, GIVE_BACK_LINES)):
+        source.post(batch)
+
+
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def catch_signals(exporter: Exporter) -> int:
@@ -559,28 +1370,73 @@ def run(exporter: Exporter, signals: int) -> None:
     with contextlib.suppress(Interrupted):
         while not select.select([signals], [], [], delay)[0]:
             delay = exporter.step()
-            written, seconds = exporter.written, time.monotonic() - said_at
-            if seconds >= PROGRESS_SECONDS:
-                if written > said:
-                    rate = (written - said) / seconds
-                    log.info("%d records written (%.0f/s), %d waiting", written, rate, exporter.waiting_records)
-                said, said_at = written, time.monotonic()
+            if time.monotonic() - said_at >= PROGRESS_SECONDS:
+                say_progress(exporter, exporter.written - said, time.monotonic() - said_at)
+                said, said_at = exporter.written, time.monotonic()
     exporter.write()
     log.info("stopped; %d records written, %d left to the others", exporter.written, exporter.waiting_records)
 
 
+def say_progress(exporter: Exporter, written: int, seconds: float) -> None:
+    lag = exporter.lag_seconds
+    if written:
+        log.info("%d records written (%.0f/s), %d waiting, %s behind", exporter.written, written / seconds,
+                 exporter.waiting_records, "unknown how far" if lag is None else f"{lag:.1f} s")  # fmt: skip
+
+
+def file_system(path: str, mounts: str) -> str:
+    """The type of the file system of a path, by the text of /proc/self/mountinfo; "" if it does not say it."""
+    found = ""
+    longest = -1
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4])
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= longest:  # of several mounts on one point the last is the one that is seen
+            found, longest = after.split(" ")[0], len(point)
+    return found
+
+
+def check_file_system(directory: str) -> None:
+    """Raises OSError for one whose locks are not kept between machines, or between paths; warns where that depends."""
+    try:
+        with open(MOUNTS, encoding="utf-8", errors="surrogateescape") as mounts:
+            kind = file_system(os.path.realpath(directory), mounts.read())
+    except FileNotFoundError:  # no Linux
+        log.warning("DIRECTORY %s must be on a local file system; here it cannot be checked", directory)
+        return
+    if NETWORK.fullmatch(kind):
+        raise OSError(f"it is on {kind}, a network file system, where a lock may not hold between machines: two"
+                      " instances could write at once. Use a local file system")  # fmt: skip
+    if USER_SPACE.fullmatch(kind):
+        log.warning("DIRECTORY %s is on %s: all instances must use this very path; by another path to the same folder"
+                    " they may not see each other's locks, and write copies", directory, kind)  # fmt: skip
+
+
+def prepare(directory: str) -> None:
+    """Raises OSError if the folder cannot be used."""
+    os.makedirs(directory, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError("the folder is not writable")
+    check_file_system(directory)
+
+
 def main(arguments: Sequence[str]) -> int:
     settings = read_settings(os.environ)
-    if re.fullmatch(f"verify( {DATE}){{0,2}}", " ".join(arguments)):
-        return verify(settings, *(date.removesuffix("Z") for date in arguments[1:]))
-    if arguments:
-        print("usage: background.py [verify [date_from [date_to]]], dates like 2026-11-23T18:43Z", file=sys.stderr)
-        return 2
+    words = " ".join(arguments)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s background: %(message)s")
+    if re.fullmatch(f"verify( {DATE}){{0,2}}", words):
+        return verify(settings, *(date.removesuffix("Z") for date in arguments[1:]))
+    if re.fullmatch("reconcile( --dry-run| --yes){0,2}", words):
+        return reconcile(settings, dry_run="--dry-run" in arguments, agreed="--yes" in arguments)
+    if arguments:
+        print(
+            "usage: background.py [verify [date_from [date_to]] | reconcile [--dry-run] [--yes]],"
+            " dates like 2026-11-23T18:43Z", file=sys.stderr
+        )  # fmt: skip
+        return 2
     try:
-        os.makedirs(settings.directory, exist_ok=True)
-        if not os.access(settings.directory, os.W_OK | os.X_OK):
-            raise PermissionError("the folder is not writable")
+        prepare(settings.directory)
     except OSError as error:
         log.error("DIRECTORY %s cannot be used: %s", settings.directory, error.strerror or error)
         return 1

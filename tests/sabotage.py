@@ -36,21 +36,32 @@ SABOTAGES = {
     ),
     "lock-by-existence": (
         "background.py",
-        "        except FileExistsError:\n            try:",
-        "        except FileExistsError:\n            raise BlockingIOError from None\n            try:",
+        "            except FileExistsError:\n                try:",
+        "            except FileExistsError:\n                raise BlockingIOError from None\n                try:",
     ),
     "no-lock": ("background.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     "position-before-write": (
         "background.py",
         "        size = os.fstat(self._descriptor).st_size\n        try:\n            rest",
         "        size = os.fstat(self._descriptor).st_size\n"
-        "        self._write_position(last_created(lines), durable=True)\n        try:\n            rest",
+        "        here = identity(os.fstat(self._descriptor))\n"
+        "        self._write_position(last_record(lines), here, self._first)\n"
+        "        try:\n            rest",
     ),
-    "torn-tail-stays": ("background.py", "        os.ftruncate(descriptor, size - len(torn))", "        pass"),
+    "torn-tail-stays": (
+        "background.py",
+        "        os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))\n",
+        "        pass\n",
+    ),
+    "predecessor-is-not-checked": (
+        "background.py",
+        "    if created_of(first) != known.created or not matches(known.line, first):\n        raise",
+        "    if created_of(first) < known.created:\n        raise",
+    ),
     "file-is-not-looked-at": (
         "background.py",
-        "                with self._file.opened() as last:\n",
-        '                with self._file.opened():\n                    last = ""\n',
+        "                    with self._file.opened(folder) as last:\n",
+        "                    with self._file.opened(folder):\n                        last = self._before\n",
     ),
 }  # fmt: skip
 

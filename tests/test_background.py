@@ -11,6 +11,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def test_sigterm_ends_it_with_exit_0_and_it_says_what_is_left(
     with held(lock):
         fake.add(some_lines(7, "left"))
         cursor = fake.records()[-1]["created"]
-        wait_until(lambda: fake.requests[-1].query["date_from"] > cursor, what="the records in its memory")
+        wait_until(lambda: fake.requests[-1].query["date_from"] >= cursor, what="the records in its memory")
         assert first.end() == 0
     assert first.wait_for_line(r"stopped; 10 records written, 7 left")
     assert count_lines(file) == 10
@@ -244,7 +245,9 @@ def test_the_lock_file_is_there_while_a_stopped_instance_writes_and_nobody_write
     fake.add(some_lines(1000, "meanwhile"))
     cursor = fake.records()[-1]["created"]
     known = len(fake.requests)
-    wait_until(lambda: sum(r.query["date_from"] > cursor for r in fake.requests[known:]) > 20, what="the others' polls")
+    wait_until(
+        lambda: sum(r.query["date_from"] >= cursor for r in fake.requests[known:]) > 20, what="the others' polls"
+    )
     assert lock.exists()
     assert (file.stat().st_size if file.exists() else 0) == size
     stopped.kill(signal.SIGCONT)
@@ -260,29 +263,43 @@ def test_what_waits_in_memory_is_written_when_a_stopped_writer_is_killed_also_wi
     stopped = stop_one_while_writing(fake, lock, services)
     fake.add(some_lines(1000, "meanwhile"))
     cursor = fake.records()[-1]["created"]
-    wait_until(lambda: fake.requests[-1].query["date_from"] > cursor, what="the records in the other's memory")
+    wait_until(lambda: fake.requests[-1].query["date_from"] >= cursor, what="the records in the other's memory")
     fake.answer = refusal(503)
     kill(stopped)
     assert_exported(fake, file)
 
 
+# The same service, but for how long it waits for a turn before it says so
+IMPATIENT = """
+import background
+
+background.TURN_SECONDS = 1.0
+sys.exit(background.main([]))
+"""
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["removed", "removed, and the file renamed"])
 def test_a_lock_file_removed_by_hand_while_it_is_held_lets_no_second_writer_in_and_is_said(
-    fake: FakeBackend, export: StartExporter, file: Path, lock: Path
+    fake: FakeBackend, start: Callable[..., Service], file: Path, lock: Path, tmp_path: Path, renamed: bool
 ) -> None:
-    services = [export(fake), export(fake)]
+    program = driver(tmp_path, "impatient.py", IMPATIENT)
+    settings = {"URL": fake.data_url, "DIRECTORY": file.parent, "REQUEST_DELAY": 20}
+    services = [start(program, **settings) for _ in range(2)]
     stopped = stop_one_while_writing(fake, lock, services)
     other = next(service for service in services if service is not stopped)
-    size = file.stat().st_size if file.exists() else 0
+    part = file.rename(file.with_name("data.txt.1")) if renamed else file
+    size = part.stat().st_size
     lock.unlink()
     fake.add(some_lines(100, "meanwhile"))
-    other.wait_for_line("data.txt.lock was removed while another instance is writing")
+    other.wait_for_line("turn: none for 1 s: another process has the folder .*data.txt.lock may have been removed")
     known = len(fake.requests)
     wait_until(lambda: len(fake.requests) > known + 20, what="more polls")
-    assert (file.stat().st_size if file.exists() else 0) == size
-    assert len(re.findall("was removed", other.printed)) == 1
+    assert part.stat().st_size == size
+    assert not renamed or not file.exists()
+    assert len(re.findall("has the folder", other.printed)) == 1
     stopped.kill(signal.SIGCONT)
     fake.add(some_lines(100, "after"))
-    assert_exported(fake, file)
+    assert_exported(fake, *([part] if renamed else []), file)
 
 
 @pytest.mark.parametrize("content", [b"", b"4711\n", b"\xff\0garbage" * 100], ids=["empty", "a pid", "garbage"])
@@ -409,7 +426,17 @@ def kill_after(backend: Backend | FakeBackend, export: StartExporter, file: Path
 
 @pytest.mark.parametrize(
     "position",
-    [None, b"", b"garbage", b"\0" * 100, b"{}", b"[1]", b'{"created": 5, "device": "x", "inode": null}', b"stale"],
+    [
+        None,
+        b"",
+        b"garbage",
+        b"\0" * 100,
+        b"{}",
+        b"[1]",
+        b'{"created": 5, "device": "x", "inode": null}',
+        b"stale",
+        b'{"created": "2026-01-01T00:00:00.000001Z", "device": 1, "inode": 2, "first": 3, "record": [4]}',
+    ],
     ids=lambda content: "missing" if content is None else repr(content)[:20],
 )
 def test_a_lost_stale_or_broken_position_costs_no_record_and_makes_no_copy(
@@ -506,8 +533,9 @@ def test_the_lock_file_may_get_the_inode_of_a_part_that_is_gone(file: Path) -> N
         status = os.stat(turn.path)
         position = {"created": created, "device": status.st_dev, "inode": status.st_ino}
         file.with_name("data.txt.position").write_text(json.dumps(position))
-        with background.SharedFile(str(file.parent), file.name).opened() as last:
-            assert last == created
+        with background.SharedFile(str(file.parent), file.name).opened(ours) as last:
+            assert last
+            assert last.created == created
 
 
 @pytest.mark.parametrize("name", ["data.txt.1", "old", "old.lock"])
@@ -533,15 +561,16 @@ def test_a_turn_does_not_fail_because_others_end_theirs_meanwhile(file: Path, mo
         companion.touch()
     scandir = os.scandir
 
-    def list_and_remove(folder: str) -> list[os.DirEntry[str]]:
+    def list_and_remove(folder: int) -> list[os.DirEntry[str]]:
         entries = list(scandir(folder))
         for companion in companions:
-            companion.unlink()
+            companion.unlink(missing_ok=True)  # the folder may be listed more than once
         return entries
 
     monkeypatch.setattr(os, "scandir", list_and_remove)
-    with background.SharedFile(str(file.parent), file.name).opened() as last:
-        assert last == background.BEFORE_ALL
+    folder = background.Folder(str(file.parent))
+    with closing(folder), background.SharedFile(str(file.parent), file.name).opened(folder) as last:
+        assert last is None
     assert not any(companion.exists() for companion in companions)
 
 
@@ -569,7 +598,10 @@ def assert_exported_and_ended(backend: FakeBackend, export: StartExporter, file:
 # ---- Trouble with files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["my notes\n", "my notes", '{"a": 1}\n', "\n"], ids=repr)
+NO_JSON = '{"id":"a","created":"2026-01-01T00:00:00.000000Z","log":{}]}\n'
+
+
+@pytest.mark.parametrize("text", ["my notes\n", "my notes", '{"a": 1}\n', "\n", NO_JSON], ids=repr)
 def test_another_programs_file_is_not_touched_and_is_named(
     fake: FakeBackend, export: StartExporter, file: Path, text: str
 ) -> None:
@@ -651,13 +683,14 @@ FALSE_REPLIES: dict[str, Callable[[FakeBackend], Reply | None]] = {
     "dropped": lambda _: None,
     "a page": lambda _: Reply(200, b"<html>\n<body>welcome\n</body></html>\n", "text/html"),
     "a page in one line": lambda _: Reply(200, b"<html>welcome</html>", "text/html"),
-    "a JSON array": lambda fake: Reply(200, json.dumps(fake.records()[5:]).encode() + b"\n"),
-    "out of order": lambda fake: Reply(200, lines_of(fake.records()[:4:-1]), NDJSON),
-    "twice": lambda fake: Reply(200, lines_of([*fake.records()[5:], *fake.records()[-1:]]), NDJSON),
+    "a JSON array": lambda fake: Reply(200, json.dumps(fake.records()[4:]).encode() + b"\n"),
+    "out of order": lambda fake: Reply(200, lines_of([*fake.records()[4:5], *fake.records()[:4:-1]]), NDJSON),
+    "twice": lambda fake: Reply(200, lines_of([*fake.records()[4:], *fake.records()[-1:]]), NDJSON),
     "too old": lambda fake: Reply(200, lines_of(fake.records()), NDJSON),
+    "no JSON": lambda fake: Reply(200, lines_of(fake.records()[4:]).replace(b"/later/9", b'"'), NDJSON),
     "an endless line": lambda _: Reply(200, b"x" * 200 * MIB, NDJSON),
-    "a foreign line": lambda fake: Reply(200, lines_of(fake.records()[5:]) + b"and so on\n", NDJSON),
-    "cut in the first record": lambda fake: Reply(200, lines_of(fake.records()[5:])[:50], NDJSON, chunked=True),
+    "a foreign line": lambda fake: Reply(200, lines_of(fake.records()[4:]) + b"and so on\n", NDJSON),
+    "cut in the first record": lambda fake: Reply(200, lines_of(fake.records()[4:])[:50], NDJSON, chunked=True),
 }
 
 

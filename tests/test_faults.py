@@ -515,7 +515,7 @@ def test_nobody_writes_beside_an_instance_stopped_in_mid_write_and_if_it_is_kill
     fake.add(some_lines(1000, "more"))
     cursor, known = fake.records()[-1]["created"], len(fake.requests)
     wait_until(
-        lambda: sum(request.query["date_from"] > cursor for request in fake.requests[known:]) > 60, what="their polls"
+        lambda: sum(request.query["date_from"] >= cursor for request in fake.requests[known:]) > 60, what="their polls"
     )
     assert shared.read_bytes() == half
     began = time.monotonic()

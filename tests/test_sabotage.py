@@ -146,12 +146,13 @@ def exporter_killed_before_its_write(folder: Path, postgres: Postgres, start: St
         second: Service = start(driver(folder, "killed.py", KILLED_BEFORE_WRITING), **first.settings)
         assert second.process.wait(30) == -signal.SIGKILL
         assert shared.read_bytes().count(b"\n") == 10
+        part = shared.rename(folder.parent / "moved_away")  # now the position alone says where to go on
         fake.add(some_lines(10, tag="c"))
         start("background.py", **first.settings)
-        wait_until(lambda: b"/c/9" in shared.read_bytes(), 30, "the last record")
+        wait_until(lambda: shared.exists() and b"/c/9" in shared.read_bytes(), 30, "the last record")
         lines = [*some_lines(10), *some_lines(10, tag="b"), *some_lines(10, tag="c")]
         (folder / "journal").write_text("\n".join(lines) + "\n")
-        assert_same(folder / "journal", read_records(shared))
+        assert_same(folder / "journal", read_records(part, shared))
 
 
 # Its first system call that writes is that of the records: the position is written by the file object
@@ -202,6 +203,21 @@ sys.exit(background.main([]))
 """
 
 
+def database_swapped_for_a_while(folder: Path, postgres: Postgres, start: Start, start_backend: Start) -> None:
+    """The exporter's URL leads to another database, and back."""
+    with fake_backend() as fake:
+        exporter, shared = export_ten(fake, folder, start)
+        right = dict(fake.stored)
+        fake.stored = {f"other{n}": record | {"id": f"other{n}"} for n, record in enumerate(right.values())}
+        fake.add(some_lines(10, tag="other"))
+        wait_until(lambda: "nothing is appended" in exporter.printed or shared.read_bytes().count(b"\n") > 10, 30, "it")
+        fake.stored = right
+        fake.add(some_lines(10, tag="b"))
+        wait_until(lambda: shared.read_bytes().count(b"\n") >= 20, 30, "the next records")
+        (folder / "journal").write_text("\n".join([*some_lines(10), *some_lines(10, tag="b")]) + "\n")
+        assert_same(folder / "journal", read_records(shared))
+
+
 def source(folder: Path, count: int) -> str:
     (folder / "source").write_text("\n".join(some_lines(count)) + "\n")
     return str(folder / "source")
@@ -224,6 +240,7 @@ SCENARIOS: dict[str, Scenario] = {
     "torn-tail-stays": torn_tail_of_a_killed_exporter,
     "position-before-write": exporter_killed_before_its_write,
     "no-lock": two_exporters_one_stopped_in_its_turn,
+    "predecessor-is-not-checked": database_swapped_for_a_while,
     "file-is-not-looked-at": two_exporters_one_stopped_in_its_turn,
 }
 

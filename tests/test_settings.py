@@ -57,6 +57,8 @@ WRONG = {
         "URL": ["ftp://localhost/", "/api/data"],
         "FILE_NAME": ["a/b", "..", "x" * 300],
         "REQUEST_DELAY": ["0", "-1", "1.5", "10000000"],
+        "ROTATE_BYTES": ["-1", "1MB", "1000000000000"],
+        "KEEP_FILES": ["-1", "all", "1000000"],
         "API_TOKEN": ["hidden token"],
     },
 }
