@@ -73,6 +73,7 @@ SELECT ('00000000-0000-8000-8000-' || lpad(to_hex(n), 12, '0'))::uuid,
   FROM generate_series(1, %s) AS n
 """
 
+TICKS_PER_SECOND = float(os.sysconf("SC_CLK_TCK"))
 OWN_STAT = "SELECT pg_read_file('/proc/self/stat')"  # of the session itself
 
 # ---- Contests -------------------------------------------------------------------------------------------------------
