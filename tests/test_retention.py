@@ -339,23 +339,32 @@ def test_a_line_that_is_sent_again_after_its_record_was_deleted_is_stored_again(
 # ---- What readers are told ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trimmed(start_backend: Callable[..., Backend], url: str, connection: Connection) -> Backend:
-    """A backend on a table of 10 records, from which those before the 7th have been deleted."""
-    fill(url, 10, seconds_ago=0)
-    backend = start_backend(DATABASE_URL=url, BACKEND_CORS_ORIGINS="https://page.example")
-    last = times(connection)[-1]
-    delete_all(connection, (last - times(connection)[6]).total_seconds() - 0.5)
-    assert count(connection) == 4
+@pytest.fixture(scope="module")
+def trimmed(start_shared: Callable[..., Backend]) -> Backend:
+    """A backend on a table of 10 records, from which those before the 7th have been deleted. Nothing is changed any
+    more."""
+    backend = start_shared(BACKEND_CORS_ORIGINS="https://page.example")
+    fill(backend.database_url, 10)
+    with psycopg.connect(backend.database_url, autocommit=True) as connection:
+        created = times(connection)
+        delete_all(connection, (created[-1] - created[6]).total_seconds() - 0.5)
+        assert times(connection) == created[6:]
     return backend
+
+
+@pytest.fixture
+def look(trimmed: Backend) -> Iterator[Connection]:
+    """A connection to its database."""
+    with psycopg.connect(trimmed.database_url, autocommit=True) as connection:
+        yield connection
 
 
 @pytest.mark.parametrize("filters", ["", "&limit=2", "&method=GET", "&status_code=200&limit=1", "&ip=192.0.2.1"])
 @pytest.mark.parametrize("microseconds_before", [1, 10**9])
 def test_a_start_before_what_is_kept_is_410_and_names_it(
-    trimmed: Backend, connection: Connection, filters: str, microseconds_before: int
+    trimmed: Backend, look: Connection, filters: str, microseconds_before: int
 ) -> None:
-    start = kept_from(connection)
+    start = kept_from(look)
     assert start is not None
     asked = text(start - timedelta(microseconds=microseconds_before))
     answer = get(trimmed, f"?date_from={asked}{filters}")
@@ -369,34 +378,34 @@ def test_a_start_before_what_is_kept_is_410_and_names_it(
 @pytest.mark.parametrize("start", ["", "&date_from=0", "&date_from=-1", "&date_from=1000-01-01"])
 @pytest.mark.parametrize("filters", ["", "&method=GET", "&limit=3"])
 def test_without_a_start_all_that_is_kept_comes_and_a_header_says_from_where(
-    trimmed: Backend, connection: Connection, start: str, filters: str
+    trimmed: Backend, look: Connection, start: str, filters: str
 ) -> None:
     answer = get(trimmed, f"?date_to=2999-01-01{start}{filters}")
     assert answer.status_code == 200
-    assert answer.headers["Kept-From"] == text(kept_from(connection))
-    kept = [text(created) for created in times(connection)]
+    assert answer.headers["Kept-From"] == text(kept_from(look))
+    kept = [text(created) for created in times(look)]
     assert [record["created"] for record in answer.json()] == kept[: 3 if "limit" in filters else 4]
 
 
-def test_from_kept_from_on_and_later_all_is_as_ever(trimmed: Backend, connection: Connection) -> None:
-    for start, records in ((kept_from(connection), 4), (times(connection)[-1] + timedelta(microseconds=1), 0)):
+def test_from_kept_from_on_and_later_all_is_as_ever(trimmed: Backend, look: Connection) -> None:
+    for start, records in ((kept_from(look), 4), (times(look)[-1] + timedelta(microseconds=1), 0)):
         answer = get(trimmed, f"?date_from={text(start)}")
         assert (answer.status_code, len(answer.json())) == (200, records)
         assert "Kept-From" not in answer.headers
 
 
 def test_a_window_that_ends_before_what_is_kept_is_empty_and_next_begins_there(
-    trimmed: Backend, connection: Connection
+    trimmed: Backend, look: Connection
 ) -> None:
     answer = get(trimmed, "?date_to=1999-01-01")
     assert (answer.status_code, answer.json()) == (200, [])
-    assert answer.links["next"]["url"].endswith(f"date_from={text(kept_from(connection))}")
+    assert answer.links["next"]["url"].endswith(f"date_from={text(kept_from(look))}")
     following = requests.get(trimmed.url + answer.links["next"]["url"], timeout=SECONDS)
     assert len(following.json()) == 4
 
 
-def test_newest_is_the_newest_record_whatever_was_asked_for(trimmed: Backend, connection: Connection) -> None:
-    newest = text(times(connection)[-1])
+def test_newest_is_the_newest_record_whatever_was_asked_for(trimmed: Backend, look: Connection) -> None:
+    newest = text(times(look)[-1])
     for query in (
         "",
         "?limit=1",
@@ -537,14 +546,14 @@ def test_an_exporter_beside_it_loses_nothing(
 
 
 def test_an_exporter_that_comes_too_late_is_told(
-    trimmed: Backend, start: Callable[..., Service], connection: Connection, shared: Path
+    trimmed: Backend, start: Callable[..., Service], look: Connection, shared: Path
 ) -> None:
     """The file's last record was deleted long ago, and others after it that the file does not have."""
     log = {"ip": "192.0.2.1", "method": "GET", "uri": "/", "status_code": 200}
     last = {"id": str(uuid.uuid4()), "created": "2026-01-01T00:00:00.000000Z", "log": log}
     shared.write_text(json.dumps(last, separators=(",", ":")) + "\n")
     exporter = start("background.py", URL=trimmed.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=20)
-    exporter.wait_for_line(f"410.*{text(kept_from(connection))}")
+    exporter.wait_for_line(f"410.*{text(kept_from(look))}")
     assert count_lines(shared) == 1
 
 
@@ -557,7 +566,10 @@ def sizes(connection: Connection) -> tuple[int, int]:
 def test_under_a_steady_stream_the_table_and_its_indexes_do_not_grow(
     start_backend: Callable[..., Backend], tmp_path: Path
 ) -> None:
-    """20 cycles: what came in the cycle before expires, and VACUUM runs once, as autovacuum does in time."""
+    """20 cycles: what came in the cycle before expires, and VACUUM runs once, as autovacuum does in time.
+
+    A cycle whose space is not used again would add a fifth or more; a page more or less is where the keys fall.
+    """
     backend = start_backend(script=retaining(tmp_path, 0.05), RETENTION_DAYS=1)
     measured = []
     with psycopg.connect(backend.database_url, autocommit=True) as connection:
@@ -573,4 +585,4 @@ def test_under_a_steady_stream_the_table_and_its_indexes_do_not_grow(
             measured.append(sizes(connection))
         assert kept_from(connection) is not None
     for sizes_of_one in zip(*measured, strict=True):
-        assert max(sizes_of_one[10:]) <= max(sizes_of_one[:10]), measured
+        assert max(sizes_of_one[6:]) <= 1.05 * max(sizes_of_one[:6]), measured
