@@ -34,6 +34,8 @@ $kept_from_v1$;
 -- Nothing that stores lines is waited for: rows are never updated, and a step takes no lock that storing takes.
 -- The clock alone could be wrong by years: as age counts from the newest record too, a clock that jumps ahead deletes
 -- nothing while nothing is stored.
+-- The commit does not wait for the disk or a standby: lost in a crash, the rows are back, and so is `kept_from`. What was
+-- stored later is on disk only with all that was committed before it.
 -- The walk begins at `kept_from`: index entries of what was deleted stay until the next VACUUM.
 CREATE OR REPLACE FUNCTION delete_expired_v1(
     older_than interval, max_rows integer, OUT deleted bigint, OUT kept_from timestamptz
@@ -60,6 +62,7 @@ BEGIN
         kept_from := kept_from_v1();
         RETURN;
     END IF;
+    PERFORM set_config('synchronous_commit', 'off', TRUE);
     deleted := 0;
     kept_from := kept_from_v1();
     expired_before := least(clock_timestamp(), (SELECT max(logs.created) FROM logs)) - older_than;
