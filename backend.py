@@ -840,8 +840,8 @@ def describe_lead(seconds: float) -> str:
 
 
 class Retention:
-    """One thread that deletes what has expired, in small steps with a longer rest after each: a fifth of the time of one
-    session goes into it, however much there is to delete.
+    """One thread that deletes what has expired, in small steps with a longer rest after each: a fifth of the time of
+    one session goes into it, however much there is to delete.
 
     Each step is one statement and one transaction: wherever this process is killed, what is deleted and `kept_from`
     agree. Of all processes one deletes at a time (delete_expired_v1); who finds another one at it leaves it the round.

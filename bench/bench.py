@@ -663,9 +663,9 @@ BATCHES = 100
 def retention(bench: Bench) -> Iterator[Contest]:
     template = str(conninfo_to_dict(filled(bench, EXPIRED))["dbname"])
     inserts = Contest(11, "1,000 lines per POST while expired records are deleted", "the same without retention",
-                      "lines/s", "≥ 0.8")  # fmt: skip
+                      "lines/s", "≥ 0.9")  # fmt: skip
     reads = Contest(11, f"a window of {WINDOW:,} records while expired records are deleted",
-                    "the same without retention", "ms", "≤ 1.3")  # fmt: skip
+                    "the same without retention", "ms", "≤ 1.2")  # fmt: skip
     body = "".join(f"{line}\n" for line in some_lines(WINDOW)).encode()
     bodies = [body] * BATCHES
     windows: dict[int, float] = {}

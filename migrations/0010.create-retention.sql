@@ -31,7 +31,10 @@ $kept_from_v1$;
 --   2. One session at a time: the lock is held until the commit can be seen (as in 0004), and the statements after it
 --      have new snapshots. Under REPEATABLE READ the update of a row that was updated meanwhile fails: nothing happens.
 --   3. New rows have a `created` above the newest one (see 0004), hence above all that is ever deleted.
--- Nothing that stores lines is waited for: rows are never updated, and a step takes no lock that storing takes.
+-- Storing is held up only where ids are repeated. Were one of those rows deleted between the statement that finds its id
+-- taken and the one that looks at it, it would be taken for a new line and acknowledged as such: hence the second lock,
+-- which store_logs_v2 takes in between, shared, for these some ms. Nobody waits in a circle: a step waits for that lock
+-- before it has deleted anything, and takes no other that storing takes.
 -- The clock alone could be wrong by years: as age counts from the newest record too, a clock that jumps ahead deletes
 -- nothing while nothing is stored.
 -- The commit does not wait for the disk or a standby: lost in a crash, the rows are back, and so is `kept_from`. What was
@@ -62,6 +65,7 @@ BEGIN
         kept_from := kept_from_v1();
         RETURN;
     END IF;
+    PERFORM pg_advisory_xact_lock(7021961410472345604);
     PERFORM set_config('synchronous_commit', 'off', TRUE);
     deleted := 0;
     kept_from := kept_from_v1();
@@ -96,6 +100,75 @@ BEGIN
 END
 $delete_expired_v1$;
 
+-- As in 0004, with the lock against delete_expired_v1.
+CREATE OR REPLACE FUNCTION store_logs_v2(
+    ids uuid[], ips inet[], methods text[], uris text[], status_codes smallint[],
+    OUT first_created timestamptz, OUT known bigint[], OUT known_created timestamptz[], OUT conflicting bigint[],
+    OUT ahead_seconds float8
+)
+LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+SET jit = off
+AS $store_logs_v2$
+DECLARE
+    last_created timestamptz;
+BEGIN
+    PERFORM refuse_recovery();
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'store_logs_v2 needs READ COMMITTED, this transaction is %: let it begin so, or ALTER ROLE or '
+            'ALTER DATABASE ... SET default_transaction_isolation = ''read committed''',
+            upper(current_setting('transaction_isolation')) USING ERRCODE = 'invalid_transaction_state';
+    END IF;
+    IF current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') THEN
+        PERFORM set_config('synchronous_commit', 'on', TRUE);
+    END IF;
+    PERFORM set_config('log_pipeline.storing', 'on', TRUE);  -- should an error end this, the transaction takes it back
+    PERFORM pg_advisory_xact_lock(7021961410472345601);  -- any constant that nothing else in the database locks
+
+    SELECT greatest(clock_timestamp(), max(logs.created) + interval '1 microsecond')
+      INTO first_created
+      FROM logs;
+    last_created := first_created + (cardinality(ids) - 1) * interval '1 microsecond';
+    ahead_seconds := extract(epoch FROM first_created - clock_timestamp());
+
+    -- Functions that stand beside each other in a SELECT go on in step; in FROM, each would fill a buffer of its own.
+    BEGIN
+        INSERT INTO logs (id, created, ip, method, uri, status_code)
+        SELECT unnest(ids), generate_series(first_created, last_created, interval '1 microsecond'),
+               unnest(ips), unnest(methods), unnest(uris), unnest(status_codes);
+        PERFORM set_config('log_pipeline.storing', '', TRUE);
+        RETURN;
+    EXCEPTION WHEN unique_violation THEN
+        NULL;  -- an id is there already, or stands twice in `ids`: once more, the way that costs a sixth more
+    END;
+
+    PERFORM pg_advisory_xact_lock_shared(7021961410472345604);  -- see delete_expired_v1
+    INSERT INTO logs (id, created, ip, method, uri, status_code)
+    SELECT unnest(ids), generate_series(first_created, last_created, interval '1 microsecond'),
+           unnest(ips), unnest(methods), unnest(uris), unnest(status_codes)
+        ON CONFLICT (id) DO NOTHING;
+    PERFORM set_config('log_pipeline.storing', '', TRUE);
+
+      WITH present AS (
+               SELECT line.n, logs.created,
+                      (logs.ip, logs.method, logs.uri, logs.status_code)
+                      = (line.ip, line.method, line.uri, line.status_code) AS same
+                 FROM unnest(ids, ips, methods, uris, status_codes) WITH ORDINALITY
+                      AS line (id, ip, method, uri, status_code, n)
+                 JOIN logs ON logs.id = line.id
+                WHERE logs.created <> first_created + (line.n - 1) * interval '1 microsecond'
+           )
+    SELECT array_agg(n ORDER BY n) FILTER (WHERE same),
+           array_agg(created ORDER BY n) FILTER (WHERE same),
+           array_agg(n ORDER BY n) FILTER (WHERE NOT same)
+      INTO known, known_created, conflicting
+      FROM present;
+END
+$store_logs_v2$;
+
 -- As window_end_v1, and with it the newest record and `kept_from`, as of the same moment.
 CREATE OR REPLACE FUNCTION window_end_v2(
     date_from timestamptz, date_to timestamptz,
@@ -120,7 +193,7 @@ DECLARE
     own text := (SELECT relnamespace::regnamespace FROM pg_class WHERE oid = 'logs'::regclass);
     name text;
 BEGIN
-    FOREACH name IN ARRAY ARRAY['kept_from_v1', 'delete_expired_v1', 'window_end_v2'] LOOP
+    FOREACH name IN ARRAY ARRAY['kept_from_v1', 'delete_expired_v1', 'store_logs_v2', 'window_end_v2'] LOOP
         EXECUTE format('ALTER FUNCTION %I SET search_path = %s, pg_temp', name, own);
     END LOOP;
 END
