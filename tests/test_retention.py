@@ -535,8 +535,9 @@ def test_a_limit_counts_what_is_kept(database: service.Database, connection: Con
     assert window.kept_from == kept_from(connection)
 
 
+@pytest.mark.parametrize(("nth", "reason"), [(None, "Records of this window have expired"), (0, "Records before 20")])
 def test_the_reply_of_an_export_that_is_overtaken_is_cut(
-    start_backend: Callable[..., Backend], url: str, connection: Connection
+    start_backend: Callable[..., Backend], url: str, connection: Connection, nth: int | None, reason: str
 ) -> None:
     """Its reader pauses after the first bytes; what the sockets and the backend hold is less than what is deleted."""
     fill(url, 30_000, seconds_ago=2 * DAY, padding=2000)
@@ -544,7 +545,8 @@ def test_the_reply_of_an_export_that_is_overtaken_is_cut(
     backend = start_backend(DATABASE_URL=url)
     address = urlsplit(backend.url)
     export = http.client.HTTPConnection(address.netloc, timeout=SECONDS)
-    export.request("GET", "/api/data", headers={"Accept": "application/x-ndjson"})
+    query = "" if nth is None else f"?date_from={text(times(connection)[nth])}"
+    export.request("GET", f"/api/data{query}", headers={"Accept": "application/x-ndjson"})
     response = export.getresponse()
     body = response.read(1000)
     assert delete_all(connection) == 29_999
@@ -553,7 +555,7 @@ def test_the_reply_of_an_export_that_is_overtaken_is_cut(
     body += broken.value.partial
     export.close()
     assert 0 < body.count(b"\n") < 29_999
-    backend.wait_for_line("export aborted: Records of this window have expired and were deleted while it was read")
+    backend.wait_for_line(f"export aborted: {reason}")
 
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
