@@ -169,6 +169,34 @@ BEGIN
 END
 $store_logs_v2$;
 
+-- As in 0008, from the highest kind down: so the first row of a kind that is met is its newest one, and not the index
+-- entries of all those that were deleted since the last VACUUM.
+CREATE OR REPLACE FUNCTION kinds_v1(method text, status_code smallint)
+RETURNS SETOF integer LANGUAGE plpgsql STABLE AS $kinds_v1$
+DECLARE
+    last CONSTANT integer := method_number(method);
+    kind integer := last;
+BEGIN
+    IF method IS NULL THEN
+        RETURN QUERY SELECT n * 1000 - status_code FROM generate_series(0, 7) AS n;
+    ELSIF status_code IS NOT NULL THEN
+        RETURN NEXT last - status_code;
+    ELSE
+        LOOP
+            SELECT method_number(logs.method) - logs.status_code
+              INTO kind
+              FROM logs
+             WHERE method_number(logs.method) - logs.status_code < kind
+               AND method_number(logs.method) - logs.status_code > last - 1000
+             ORDER BY method_number(logs.method) - logs.status_code DESC
+             LIMIT 1;
+            EXIT WHEN NOT FOUND;
+            RETURN NEXT kind;
+        END LOOP;
+    END IF;
+END
+$kinds_v1$;
+
 -- As window_end_v1, and with it the newest record and `kept_from`, as of the same moment.
 CREATE OR REPLACE FUNCTION window_end_v2(
     date_from timestamptz, date_to timestamptz,
