@@ -115,6 +115,12 @@ CONNECT_SECONDS = 5
 KEEPALIVE_SECONDS = 60  # some networks drop without a word a connection that is silent for minutes
 AHEAD_SECONDS = 60.0  # `created` this far ahead of the clock is worth a warning
 
+# Retention
+DAY_SECONDS = 86_400.0
+EXPIRY_PAUSE_SECONDS = 60.0  # between two looks for what has expired, which goes so much late at most
+EXPIRY_STEP_ROWS = 1_000  # deleted in one transaction: some ms, for which a line sent again under such an id waits
+EXPIRY_REST = 4  # after each step, times what it took: some 50,000 records/s go, and storing keeps its pace
+
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +173,7 @@ class Settings:
     database_url: ConnectionUrl = ""
     backend_cors_origins: Origins = ""
     api_token: Secret = ""
+    retention_days: Annotated[int, range(36_501)] = 0
 
     @property
     def embedded(self) -> bool:
@@ -340,6 +347,16 @@ class BadRequest(falcon.HTTPBadRequest, ValueError):
         self.more = rejected
 
 
+class Gone(falcon.HTTPGone):
+    """What was asked for was deleted, at least in part."""
+
+    def __init__(self, kept_from: datetime) -> None:
+        moment = format_date(kept_from)
+        detail = f"Records before {moment} have expired and were deleted; ask with date_from={moment}, or without it."
+        super().__init__(description=detail)
+        self.more = {"kept_from": moment}
+
+
 class Unavailable(falcon.HTTPServiceUnavailable):
     """The database cannot do it now; sent again later it may well succeed."""
 
@@ -428,15 +445,20 @@ STAMP_ADVICE = "see the newest rows (SELECT * FROM logs ORDER BY created DESC LI
 SCHEMA_READY = """
 SELECT to_regprocedure('store_logs_v2(uuid[],inet[],text[],text[],smallint[])') IS NOT NULL
        AND to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL
+       AND to_regprocedure('window_end_v2(timestamptz,timestamptz)') IS NOT NULL
 """
 SECONDS_AHEAD = "SELECT seconds_ahead_v1()"
 
 # Everything below the newest record is final: see migrations/0004.create-store-logs-v2.sql.
-WINDOW_END = "SELECT window_end_v1(%(date_from)s::timestamptz, %(date_to)s::timestamptz)"
+WINDOW_END = """
+SELECT window_end, newest, kept_from
+  FROM window_end_v2(%(date_from)s::timestamptz, %(date_to)s::timestamptz)
+"""
 
-# Both look at a bounded number of rows, and say where to go on; at date_to the window is over.
+# Both look at a bounded number of rows, and say where to go on; at date_to the window is over. `kept_from` is that of
+# the snapshot in which the rows were read: see migrations/0010.create-retention.sql.
 COUNT_PART = """
-SELECT count, next_from
+SELECT count, next_from, kept_from_v1()
   FROM count_part_v1(
            %(date_from)s::timestamptz, %(date_to)s::timestamptz,
            %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
@@ -445,13 +467,15 @@ SELECT count, next_from
 """
 # PostgreSQL writes the JSON, Python passes it on.
 READ_PART = """
-SELECT count, next_from, bytes, part
+SELECT count, next_from, kept_from_v1(), bytes, part
   FROM read_part_v1(
            %(date_from)s::timestamptz, %(date_to)s::timestamptz,
            %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
            %(rows)s::integer, %(separator)s::text, %(bytes)s::integer
        )
 """
+
+DELETE_EXPIRED = "SELECT deleted FROM delete_expired_v1(make_interval(secs => %(seconds)s), %(rows)s)"
 
 NO_ANSWER = "The database does not answer; nothing was confirmed. Send the same request again."
 NO_TABLES = "The database has no tables yet, or old ones: run `make migrate`."
@@ -821,6 +845,55 @@ def describe_lead(seconds: float) -> str:
     return f"{seconds:,.0f} s ahead of the database's clock: it was set back, or was wrong when records were stored"
 
 
+# ---- Retention ------------------------------------------------------------------------------------------------------
+
+
+class Retention:
+    """One thread that deletes what has expired, in small steps with a longer rest after each: a fifth of the time of
+    one session goes into it, however much there is to delete.
+
+    Each step is one statement and one transaction: wherever this process is killed, what is deleted and `kept_from`
+    agree. Of all processes one deletes at a time (delete_expired_v1); who finds another one at it leaves it the round.
+    """
+
+    def __init__(self, session: Session, days: int) -> None:
+        self._session, self._days = session, days
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="retention", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.delete_expired()
+            except Unavailable as error:
+                log.debug("retention: %s", error.description)  # the session has told the outage
+            except Exception:
+                log.exception("deleting expired records failed; trying again in %.0f s", EXPIRY_PAUSE_SECONDS)
+            time.sleep(EXPIRY_PAUSE_SECONDS)
+
+    def delete_expired(self) -> None:
+        """All that has expired, or until another process is found at it. Raises Unavailable."""
+        total, began = 0, time.monotonic()
+        try:
+            while deleted := self._step():
+                if not total:
+                    log.info("retention: deleting records older than RETENTION_DAYS=%d", self._days)
+                total += deleted
+        finally:
+            if total:
+                log.info("retention: deleted %d records in %.1f s", total, time.monotonic() - began)
+
+    def _step(self) -> int | None:
+        """How many records were deleted; None: another process is at it."""
+        began = time.monotonic()
+        parameters = {"seconds": self._days * DAY_SECONDS, "rows": EXPIRY_STEP_ROWS}
+        [deleted] = self._session.query(DELETE_EXPIRED, parameters)
+        if deleted:
+            time.sleep(EXPIRY_REST * (time.monotonic() - began))
+        return deleted  # type: ignore[no-any-return]
+
+
 # ---- Storing: POST --------------------------------------------------------------------------------------------------
 
 PLAIN = "text/plain"
@@ -1021,6 +1094,9 @@ def parse_window(query: Mapping[str, Any]) -> dict[str, Any]:
     return window
 
 
+OVERTAKEN = "Records of this window have expired and were deleted while it was read; ask again."
+
+
 class Part(NamedTuple):
     """Some records of a window, as text."""
 
@@ -1036,15 +1112,25 @@ class Window:
     it ends: who follows `next` for ever sees each record exactly once. Each part is a statement of its own that starts
     where the one before ended; none holds a snapshot for longer, and a lost connection is replaced. A statement looks
     at a bounded number of rows, and so may find few records, or none, before the end.
+
+    Why no record that was deleted is passed over in silence: deleting goes upwards from the oldest, and `kept_from`
+    comes from the very snapshot in which a part was read. If it is not above the part's start, the part is whole. If it
+    is, records may be missing between the two: then who asked for them is answered 410 or, once the reply has begun,
+    the export is aborted. Only who asked for all that is kept (date_from missing, or not after the epoch) may lose
+    something to the first part: what it has is all that is kept in that snapshot, and `kept_from` says so.
     """
 
     def __init__(self, read: Callable[..., Any], asked: Mapping[str, Any], separator: bytes) -> None:
         self._read, self._asked, self._separator = read, asked, separator
         self._parameters = {**asked, "separator": separator.decode(), "bytes": PART_BYTES}
         self._rows = STATEMENT_ROWS
+        self._all_kept = asked["date_from"] <= EPOCH  # is asked for, not a certain start
+        self._start: datetime = asked["date_from"]
+        self.newest: datetime | None = None  # `created` of the newest record there is
+        self.kept_from: datetime | None = None  # where it starts, if all that is kept was asked for, and not all is
 
     def parts(self) -> Iterator[Part]:
-        """At least one. Raises Unavailable."""
+        """At least one. Raises Unavailable, Gone."""
         end = self._parameters["date_to"] = self._find_end()
         following = next_query(self._asked, end)
         patience = time.monotonic() + FIRST_PART_SECONDS
@@ -1059,23 +1145,39 @@ class Window:
                 pieces.clear()
 
     def _find_end(self) -> datetime:
-        [end] = self._read(WINDOW_END, self._parameters)
-        left, start = self._asked["limit"], self._parameters["date_from"]
+        end, self.newest, kept_from = self._read(WINDOW_END, self._parameters)
+        if kept_from is not None and self._all_kept:
+            self._start = self._parameters["date_from"] = self.kept_from = kept_from
+            end = max(end, kept_from)  # else what follows would start where nothing is kept
+        self._check_kept(self._start, kept_from)
+        left, start = self._asked["limit"], self._start
         while left and start < end:
             rest = {**self._parameters, "date_from": start, "date_to": end, "rows": left}
-            count, start = self._read(COUNT_PART, rest)
-            left -= count
+            count, next_from, kept_from = self._read(COUNT_PART, rest)
+            self._check_kept(start, kept_from)
+            left, start = left - count, next_from
             if not left:
                 return start  # type: ignore[no-any-return]
         return end  # type: ignore[no-any-return]
 
     def _read_part(self) -> tuple[int, bytes]:
         """The next records. Where they are long, a part has fewer: the server would have to find that out each time."""
-        count, start, size, text = self._read(READ_PART, {**self._parameters, "rows": self._rows})
+        count, start, kept_from, size, text = self._read(READ_PART, {**self._parameters, "rows": self._rows})
+        self._check_kept(self._parameters["date_from"], kept_from)
         self._parameters["date_from"] = start
         if count:
             self._rows = max(1, min(STATEMENT_ROWS, count * PART_BYTES // size))
         return count, text or b""
+
+    def _check_kept(self, start: datetime, kept_from: datetime | None) -> None:
+        """Raises Gone or Unavailable if what was read from `start` on may lack records that were deleted."""
+        if kept_from is None or kept_from <= start:
+            return
+        if not self._all_kept:
+            raise Gone(kept_from)
+        if start > self._start:
+            raise Unavailable(OVERTAKEN)
+        self.kept_from = kept_from
 
 
 def separated(parts: Iterator[Part], separator: bytes, begun: bool) -> Iterator[bytes]:
@@ -1105,7 +1207,7 @@ def stream(start: bytes, parts: Iterator[bytes], end: bytes, done: Callable[[], 
                 coming = fetcher.submit(next, parts, b"")
                 yield part
         yield end
-    except Unavailable as error:
+    except (Unavailable, Gone) as error:
         log.warning("export aborted: %s", error.description)
         raise ConnectionAbortedError from error
     finally:
@@ -1153,6 +1255,7 @@ class Places:
 # ---- Routes and access ----------------------------------------------------------------------------------------------
 
 HEALTH = "/api/health"
+EXPOSED = ["Link", "Newest", "Kept-From"]  # what a page of another origin may see beside the usual headers
 # Every other route asks for the token. The route that was found decides, never the text of the path.
 PUBLIC = (HEALTH, "/readyz", "/docs", "/docs/assets/{file}", "/docs/openapi.json")
 
@@ -1184,7 +1287,8 @@ class Api:
         as_lines = request.client_prefers((JSON, NDJSON)) == NDJSON
         before, between, after = (b"", b"\n", b"\n") if as_lines else (b"[", b",\n", b"]\n")
         response.content_type = NDJSON if as_lines else JSON
-        parts = Window(self._database.read, asked, between).parts()
+        window = Window(self._database.read, asked, between)
+        parts = window.parts()
         first = next(parts)
         if not first.is_last and request.method != "HEAD":
             reader = request.env[CHANNEL]
@@ -1199,6 +1303,9 @@ class Api:
         else:
             response.data = before + first.text + after if first.text or not as_lines else b""
         response.set_header("Link", f'<{request.path}?{first.next_query}>; rel="next"')
+        for name, moment in (("Newest", window.newest), ("Kept-From", window.kept_from)):
+            if moment is not None:
+                response.set_header(name, format_date(moment))
 
     def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
         """The database answers and has the schema."""
@@ -1287,7 +1394,7 @@ def create_app(database: Database, places: Places, settings: Settings) -> falcon
     app = falcon.App(media_type=JSON)
     if settings.backend_cors_origins:
         origins = re.split(r"\s*,\s*", settings.backend_cors_origins)
-        app.add_middleware(falcon.CORSMiddleware("*" if origins == ["*"] else origins, expose_headers=["Link"]))
+        app.add_middleware(falcon.CORSMiddleware("*" if origins == ["*"] else origins, expose_headers=EXPOSED))
     app.add_middleware(Access(settings.api_token, settings.backend_cors_origins))
     app.set_error_serializer(write_problem)
     api = Api(database, places)
@@ -2081,6 +2188,9 @@ def make_server(settings: Settings, conninfo: str, listener: socket.socket) -> S
     app = create_app(database, places, settings)  # the threads that no export can have are left for other GETs
     server = Server(app, GroupCommit(database.storing), places, settings.threads, listener)
     server.start(settings.threads)
+    if settings.retention_days:
+        outage = Outage("deleting expired records", "%s fails: %s; it goes on when that works again")
+        Retention(Session(conninfo, outage), settings.retention_days).start()
     return server
 
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import psycopg
 from fakes import some_lines
-from harness import ROOT, Backend, Postgres, Service, cpu_seconds, past_the_guard, peak_memory_bytes
+from harness import ROOT, Backend, Postgres, Service, backend_with, cpu_seconds, past_the_guard, peak_memory_bytes
 from psycopg.conninfo import conninfo_to_dict
 from waiting import wait_until
 
@@ -73,6 +73,7 @@ SELECT ('00000000-0000-8000-8000-' || lpad(to_hex(n), 12, '0'))::uuid,
   FROM generate_series(1, %s) AS n
 """
 
+TICKS_PER_SECOND = float(os.sysconf("SC_CLK_TCK"))
 OWN_STAT = "SELECT pg_read_file('/proc/self/stat')"  # of the session itself
 
 # ---- Contests -------------------------------------------------------------------------------------------------------
@@ -653,6 +654,48 @@ def idle_connections(bench: Bench) -> Iterator[Contest]:
     yield contest
 
 
+# ---- 11: retention --------------------------------------------------------------------------------------------------
+
+EXPIRED = 1_000_000  # records: more than are deleted while it is measured
+BATCHES = 100
+
+
+def retention(bench: Bench) -> Iterator[Contest]:
+    template = str(conninfo_to_dict(filled(bench, EXPIRED))["dbname"])
+    inserts = Contest(11, "1,000 lines per POST while expired records are deleted", "the same without retention",
+                      "lines/s", "≥ 0.9")  # fmt: skip
+    reads = Contest(11, f"a window of {WINDOW:,} records while expired records are deleted",
+                    "the same without retention", "ms", "≤ 1.2")  # fmt: skip
+    body = "".join(f"{line}\n" for line in some_lines(WINDOW)).encode()
+    bodies = [body] * BATCHES
+    windows: dict[int, float] = {}
+
+    def measure(days: int) -> float:
+        """Lines stored per second; the median time of a window goes into `windows`, in milliseconds."""
+        with ExitStack() as stack:
+            folder = bench.new_folder()
+            url = bench.postgres.create_database(template=template)
+            script = backend_with(folder, EXPIRY_PAUSE_SECONDS=0.1)
+            backend = bench.backend(stack, url, script=script, RETENTION_DAYS=days)
+            began = time.time() - 60
+            post_bodies(backend.data_url, "text/plain", [body], 1)  # now all else has expired
+            if days:
+                backend.wait_for_line("retention: deleting")
+            address = f"{backend.data_url}?date_from={began:.3f}"
+            times = [fetch_window(address, folder / "window") for _ in range(100)]
+            windows[days] = statistics.median(times) * 1000
+            rate = BATCHES * WINDOW / post_bodies(backend.data_url, "text/plain", bodies, 4)
+            left = count(url) - (BATCHES + 1) * WINDOW
+            assert 1 < left < EXPIRED if days else left == EXPIRED, f"{left} of the expired records are left"
+            return rate
+
+    for _ in range(bench.rounds):
+        inserts.alternate(1, lambda: measure(1), lambda: measure(0))
+        reads.alternate(1, lambda: windows[1], lambda: windows[0])
+    yield inserts
+    yield reads
+
+
 # ---- Table ----------------------------------------------------------------------------------------------------------
 
 MARKS = ("<!-- make bench -->", "<!-- end of make bench -->")  # in the README
@@ -716,7 +759,7 @@ def machine(postgres: Postgres) -> dict[str, Any]:
 
 CONTESTS = {
     1: single_lines, 2: batches, 3: shipping, 4: exports, 5: windows, 7: crowd, 8: latency, 9: whole_pipeline,
-    10: idle_connections,
+    10: idle_connections, 11: retention,
 }  # fmt: skip
 
 

@@ -15,12 +15,12 @@ from harness import ROOT, SERVICES
 # name -> the file, what stands there, what stands there instead
 SABOTAGES = {
     "created-is-now": (
-        "migrations/0004.create-store-logs-v2.sql",
+        "migrations/0010.create-retention.sql",
         "SELECT greatest(clock_timestamp(), max(logs.created) + interval '1 microsecond')",
         "SELECT coalesce(now(), max(logs.created))",
     ),
     "stamp-without-lock": (
-        "migrations/0004.create-store-logs-v2.sql",
+        "migrations/0010.create-retention.sql",
         "    PERFORM pg_advisory_xact_lock(7021961410472345601);",
         "    ",
     ),

@@ -64,6 +64,8 @@ read_part_v1(%(date_from)s::timestamptz, %(date_to)s, %(method)s::text, %(status
 """
 STORE = "store_logs_v2('{00000000-0000-8000-8000-000000000001}', '{192.0.2.1}', '{HEAD}', '{/1}', '{301}')"
 
+END_OF_WINDOW = "window_end_v2('1970-01-01Z', NULL)"
+
 
 @pytest.fixture(scope="module")
 def table(postgres: Postgres) -> Iterator[psycopg.Connection[Any]]:
@@ -79,7 +81,7 @@ def table(postgres: Postgres) -> Iterator[psycopg.Connection[Any]]:
             filler.execute("ANALYZE logs")
             filler.execute("TRUNCATE logs")
             for _ in range(10):  # from the sixth time on a plan is kept
-                connection.execute(f"SELECT {STORE}, window_end_v1('1970-01-01Z', NULL), seconds_ahead_v1()".encode())
+                connection.execute(f"SELECT {STORE}, {END_OF_WINDOW}, seconds_ahead_v1()".encode())
             filler.execute("DELETE FROM logs")
             indexes = filler.execute(INDEXES).fetchall()
             for name, _ in indexes:
@@ -210,7 +212,7 @@ def test_with_several_filters_each_statement_is_bounded_and_together_they_find_a
     assert found == records_of(connection, filters)
 
 
-@pytest.mark.parametrize("call", ["window_end_v1('1970-01-01Z', NULL)", "seconds_ahead_v1()", STORE])
+@pytest.mark.parametrize("call", [END_OF_WINDOW, "seconds_ahead_v1()", STORE])
 def test_storing_and_the_end_of_a_window_cost_the_same_in_a_large_table(
     connection: psycopg.Connection[Any], call: str
 ) -> None:

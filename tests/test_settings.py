@@ -44,6 +44,7 @@ WRONG = {
         ],
         "BACKEND_CORS_ORIGINS": ["example.org", "https://example.org/path", "https://a.example,,https://b.example"],
         "API_TOKEN": ["hidden token", "hidden\u00e4"],
+        "RETENTION_DAYS": ["-1", "36501", "1.5", "1d"],
     },
     "client": {
         "URL": ["ftp://localhost/", "localhost:8000", "http://", "http://a b/", "http://a/?b=c"],

@@ -303,6 +303,8 @@ def test_a_standby_is_refused_for_reading_and_for_storing(primary: Postgres) -> 
         "SELECT * FROM read_part_v1('1970-01-01Z', '2100-01-01Z', NULL, NULL, NULL, 10, ',', 1000000)",
         "SELECT * FROM count_part_v1('1970-01-01Z', '2100-01-01Z', NULL, NULL, NULL, 10)",
         "SELECT seconds_ahead_v1()",
+        "SELECT window_end_v2('1970-01-01Z', NULL)",
+        "SELECT delete_expired_v1('1 day', 10)",
         "SELECT store_logs_v2('{}', '{}', '{}', '{}', '{}')",
         "SELECT store_logs('{}', '{}', '{}', '{}', '{}')",
     ]
