@@ -706,7 +706,7 @@ class Journal:
         self._rejected = -1
         self._noted: set[str] = set()  # ids in .rejected that may be refused again
         self._unflushed_notes = False
-        self._durable_at = time.monotonic()
+        self._durable, self._durable_at = -1, time.monotonic()
         try:
             self._save()
         except OSError as error:  # what is there can be delivered; nothing is appended before this is on disk
@@ -932,6 +932,13 @@ class Journal:
             del self.held[record_id]
             self._keep_position(durable=True)
 
+    def make_durable(self, at_once: bool = False) -> None:
+        """The position, if it has moved since it was durable, and some seconds ago. Raises DiskFailure."""
+        if at_once or time.monotonic() > self._durable_at + DURABLE_SECONDS:
+            with self._mutex:
+                if self.acknowledged != self._durable:
+                    self._keep_position(durable=True)
+
     def _keep_position(self, durable: bool) -> None:
         """What is held back is in .journal before a position beside it is past that: else it would be lost."""
         self._flush_notes()
@@ -981,7 +988,7 @@ class Journal:
     def _save(self) -> None:
         """Writes .journal, durably. Raises OSError, DiskFailure."""
         write_state(f"{self.path}.journal", as_json(self.state))
-        self._saved, self._durable_at = True, time.monotonic()
+        self._saved, self._durable, self._durable_at = True, self.state.acknowledged, time.monotonic()
 
     # -- rotation
 
@@ -1767,6 +1774,7 @@ class Courier:
         self._held = {record_id: Held(HELD_SECONDS[0], 0.0) for record_id in journal.held}
         self._in_a_row: dict[str, NotDelivered] = {}  # lines held since the last one that was accepted
         self._deadline = float("inf")
+        self._socket: socket.socket | None = None
         self._said_at = time.monotonic()
 
     def deliver_always(self) -> None:
@@ -1780,9 +1788,10 @@ class Courier:
         if self._turn.locked():
             return False
         with self._turn:
-            if not self._journal.left() or time.monotonic() < self._not_before:
-                return False
             try:
+                self._journal.make_durable()
+                if not self._journal.left() or time.monotonic() < self._not_before:
+                    return False
                 return self._deliver_next()
             except OSError as error:  # the journal's disk; what is sent again is stored once
                 self._connection.close()
@@ -1875,6 +1884,7 @@ class Courier:
         self._journal.draining = True
         if held:
             del self._held[held]
+            self._in_a_row.pop(held, None)
             log.info("the line with the id %s, which was held back, is %s", held, "refused" if refused else "delivered")
         else:
             self._name_held()
@@ -1912,6 +1922,7 @@ class Courier:
         self._deadline = time.monotonic() + ANSWER_SECONDS
         try:
             self._connection.request("POST", self._path, body, self._headers)
+            self._socket = self._connection.sock  # which the connection forgets if the answer ends with it
             response = self._connection.getresponse()
             text = response.read(ANSWER_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -1930,11 +1941,10 @@ class Courier:
 
     def look_at_the_time(self) -> None:
         """An answer that takes too long, a byte at a time perhaps, is cut off: whoever reads it gets an error."""
-        connection = self._connection.sock
-        if time.monotonic() > self._deadline and connection is not None:
+        if time.monotonic() > self._deadline and self._socket is not None:
             self._deadline = float("inf")
             with suppress(OSError):  # closed meanwhile
-                connection.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def wish_of(retry_after: str) -> float:
@@ -2015,6 +2025,8 @@ def run(settings: Settings, journal: Journal, sources: Sources, signals: Sequenc
         if signals and not stop.is_set():
             stop.set()
             deadline = time.monotonic() + SHUTDOWN_SECONDS
+    with suppress(OSError):  # a full disk; more is sent again
+        journal.make_durable(at_once=True)
     courier.say("stopped")
 
 

@@ -63,10 +63,11 @@ def assert_stored(fake: FakeBackend, lines: list[str], seconds: float = 30) -> N
 def settled(journal: Path) -> None:
     """All of the journal is delivered."""
     position = Path(f"{journal}.position")
-    size = lambda: journal.stat().st_size  # noqa: E731
-    wait_until(
-        lambda: position.exists() and json.loads(position.read_text())["acknowledged"] == size(), what="delivery"
-    )
+
+    def is_delivered() -> bool:
+        return position.exists() and json.loads(position.read_text())["acknowledged"] == journal.stat().st_size
+
+    wait_until(is_delivered, what="delivery")
 
 
 # ---- The bytes before the offset decide -----------------------------------------------------------------------------
@@ -153,7 +154,12 @@ def test_a_source_is_flushed_to_disk_before_its_lines_are_in_the_journal(
     write(source, some_lines(10))
     synced: list[int] = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file)))
+
+    def note(file: int) -> None:
+        synced.append(os.fstat(file).st_ino)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
     followed = client.FollowedFile(str(source), client.open_journal(str(journal)))
     synced.clear()
     write_all = os.write
