@@ -59,7 +59,7 @@ compose-clean: .env ## Remove the containers and all that they stored
 # ---- Tests -------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: $(TEST_READY) chromium ## Install what the tests need and run them all; ARGS="-k name" for some
+test: $(TEST_READY) chromium servers ## Install what the tests need and run them all; ARGS="-k name" for some
 	@$(VENV)/bin/python -m pytest --numprocesses=4 --dist=loadfile $(ARGS)
 
 .PHONY: test-compose
@@ -93,6 +93,21 @@ chromium:
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	else \
 	  echo "the test of /docs needs Chromium: install it (Debian: sudo apt-get install chromium)" >&2; \
+	  exit 1; \
+	fi
+
+# RUNLEVEL=1: the package does not start a server of its own
+.PHONY: servers
+servers:
+	@PATH="$$PATH:/usr/sbin:/sbin"; \
+	if command -v nginx >/dev/null && command -v mkfs.xfs >/dev/null && command -v mkfs.ext4 >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing nginx, xfsprogs and e2fsprogs for the tests of real logs and power cuts"; \
+	  apt-get update -qq; \
+	  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    nginx-light xfsprogs e2fsprogs >/dev/null; \
+	else \
+	  echo "the tests need nginx, xfsprogs and e2fsprogs (Debian: sudo apt-get install nginx-light xfsprogs e2fsprogs)" >&2; \
 	  exit 1; \
 	fi
 

@@ -706,7 +706,7 @@ class Journal:
         self._rejected = -1
         self._noted: set[str] = set()  # ids in .rejected that may be refused again
         self._unflushed_notes = False
-        self._durable, self._durable_at = -1, time.monotonic()
+        self._durable, self._durable_held, self._durable_at = -1, self.state.held, time.monotonic()
         try:
             self._save()
         except OSError as error:  # what is there can be delivered; nothing is appended before this is on disk
@@ -917,6 +917,8 @@ class Journal:
         """The next lines, as `pending` gave them, are stored, or noted as refused."""
         with self._mutex:
             self.acknowledged += sum(len(line) + 1 for _, line in lines)
+            if self._noted:
+                self._noted.difference_update(record_id for record_id, _ in lines)
             self._keep_position(durable=time.monotonic() > self._durable_at + DURABLE_SECONDS)
 
     def hold(self, record_id: str, line: bytes) -> None:
@@ -942,9 +944,8 @@ class Journal:
     def _keep_position(self, durable: bool) -> None:
         """What is held back is in .journal before a position beside it is past that: else it would be lost."""
         self._flush_notes()
-        held_elsewhere = len(self.held) != len(self.state.held)
         self._update_state()
-        if durable or held_elsewhere:
+        if durable or self._durable_held != self.state.held:
             try:
                 self._save()
             except OSError:  # a full disk: more is sent again, and stored once all the same
@@ -988,7 +989,8 @@ class Journal:
     def _save(self) -> None:
         """Writes .journal, durably. Raises OSError, DiskFailure."""
         write_state(f"{self.path}.journal", as_json(self.state))
-        self._saved, self._durable, self._durable_at = True, self.state.acknowledged, time.monotonic()
+        self._saved, self._durable_held = True, self.state.held
+        self._durable, self._durable_at = self.state.acknowledged, time.monotonic()
 
     # -- rotation
 
@@ -1017,9 +1019,14 @@ class Journal:
         file = os.open(f"{self.path}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self.path}.part")
+            os.link(self.path, f"{self.path}.part")  # first, as a file system may have no links
             shift_parts(self.path, self._keep_files)
             if self._keep_files:
-                os.link(self.path, f"{self.path}.1")
+                os.replace(f"{self.path}.part", f"{self.path}.1")
+            else:
+                os.unlink(f"{self.path}.part")
             os.replace(f"{self.path}.new", self.path)
         except OSError:
             os.close(file)
@@ -1037,9 +1044,12 @@ class Journal:
         self.state = JournalState(self.state.part + 1, ((0, new_identity()),), held=self.state.held, floor=floor)
 
     def _rotate_rejected(self) -> None:
-        """The notes are on disk; ids that may be refused again are in memory."""
+        """First that the noted lines are done with becomes durable: the new file does not have their ids."""
         path = f"{self.path}.rejected"
-        self._flush_notes()
+        with self._mutex:
+            self._flush_notes()
+            self._update_state()
+            self._save()
         shift_parts(path, self._keep_files)
         if self._keep_files:
             os.replace(path, f"{path}.1")
@@ -1573,10 +1583,14 @@ class Sources:
         self._looked_at = time.monotonic()
         for source in self._settings.sources:
             for path in self._matching(source):
-                if path not in self._followed and not self._is_journal(path):
+                if path not in self._followed and not self._is_journal(path) and not self._is_followed(path):
                     self._claims.append(claimed(path))
                     self._adopt_old_state(path)
                     self._followed[path] = FollowedFile(path, self._journal, self._settings.source_pattern)
+
+    def _is_followed(self, path: str) -> bool:
+        """Under another name: a link and its target would be read twice."""
+        return os.path.realpath(path) in map(os.path.realpath, self._followed)
 
     def _matching(self, source: str) -> list[str]:
         """Without what a rotation made of another one of them: that is read as part of that one."""
@@ -2025,7 +2039,7 @@ def run(settings: Settings, journal: Journal, sources: Sources, signals: Sequenc
         if signals and not stop.is_set():
             stop.set()
             deadline = time.monotonic() + SHUTDOWN_SECONDS
-    with suppress(OSError):  # a full disk; more is sent again
+    with suppress(OSError, DiskFailure):  # more is sent again
         journal.make_durable(at_once=True)
     courier.say("stopped")
 
@@ -2041,21 +2055,19 @@ def main() -> int:
         signal.signal(number, lambda number, _: signals.append(number))
     try:
         journal = open_journal(settings.log_file, settings)
-    except BlockingIOError:
-        log.error("LOG_FILE %s is in use by another client", settings.log_file)
+        sources = Sources(settings, journal)
+    except BlockingIOError as error:
+        if error.filename:
+            log.error("SOURCE %s is followed by another client: with two journals its lines would be stored twice",
+                      error.filename)  # fmt: skip
+        else:
+            log.error("LOG_FILE %s is in use by another client", settings.log_file)
         return 1
     except Spoilt as error:
         log.error("%s; restore it, or move LOG_FILE away with all that is named after it, to begin anew", error)
         return 1
     except (OSError, DiskFailure) as error:
         log.error("LOG_FILE %s cannot be used: %s", settings.log_file, error)
-        return 1
-    try:
-        sources = Sources(settings, journal)
-    except BlockingIOError as error:
-        log.error(
-            "SOURCE %s is followed by another client; with two journals its lines would be stored twice", error.filename
-        )
         return 1
     log.info("journal %s, delivering to %s", journal.path, settings.url)
     run(settings, journal, sources, signals)

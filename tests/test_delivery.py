@@ -368,6 +368,29 @@ def test_a_line_that_is_refused_on_the_way_holds_up_no_other_and_is_delivered_wh
     service.wait_for_line("stopped; .* 0 bytes left")
 
 
+def test_a_position_never_passes_a_line_that_is_held_back_before_that_is_on_disk(
+    monkeypatch: pytest.MonkeyPatch, journal: Path
+) -> None:
+    """The disk is full when a line is held back, and for .journal only: kill -9 after the next answer."""
+    opened = client.open_journal(str(journal))
+    opened.append([b"192.0.2.1 GET /held 200", b"192.0.2.1 GET /next 200"])
+    (held, line), following = opened.pending(10)
+    real = client.write_state
+
+    def full(path: str, state: str, durable: bool = True) -> None:
+        if durable:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, state, durable)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "write_state", full)
+        opened.hold(held, line)
+        opened.acknowledge([following])
+    os.close(opened._file)
+    again = client.open_journal(str(journal))
+    assert {name for name, _ in again.pending(10)} | set(again.held) >= {held}
+
+
 def test_what_is_held_back_is_counted_and_the_pauses_grow(
     ship: Callable[..., Service], fake: FakeBackend, source: Path
 ) -> None:

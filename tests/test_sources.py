@@ -455,6 +455,16 @@ def test_a_pattern_follows_all_files_that_match_now_and_later_through_rotation(
     assert sorted(stored(fake)) == sorted(wanted)
 
 
+def test_a_link_and_its_target_are_one_source(follow: Follow, fake: FakeBackend, source: Path, journal: Path) -> None:
+    write(source, some_lines(20))
+    source.with_name("link.log").symlink_to(source)
+    service = follow(SOURCE=f"{source.parent}/*.log")
+    assert_stored(fake, some_lines(20))
+    settled(journal)
+    assert service.end() == 0
+    assert stored(fake) == some_lines(20)
+
+
 # ---- NULs -----------------------------------------------------------------------------------------------------------
 
 
