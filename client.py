@@ -816,6 +816,11 @@ class Journal:
 
     # -- appending
 
+    def owns(self, path: str) -> bool:
+        """It is LOG_FILE or a file beside it."""
+        real, own = os.path.realpath(path), os.path.realpath(self.path)
+        return real == own or real.startswith(f"{own}.")
+
     def left(self) -> int:
         """Bytes that are not delivered."""
         return max(0, self.size - self.acknowledged) + sum(len(line) + 1 for line in self.held.values())
@@ -1477,7 +1482,8 @@ class FollowedFile:
                 with suppress(FileNotFoundError):
                     inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
                     copied = modified >= state.modified and self._is_member(entry.name, state)
-                    if entry.is_file() and (inode == state.inode or copied):
+                    ours = self._journal.owns(entry.path)  # plain lines are the same there
+                    if entry.is_file() and not ours and (inode == state.inode or copied):
                         found.append((inode != state.inode, entry.path, inode))
         return [(path, inode) for _, path, inode in sorted(found)]
 
@@ -1568,13 +1574,9 @@ class Sources:
         self._claims: list[socket.socket] = []
         self._looked_at = float("-inf")
         for path in settings.sources:
-            if self._is_journal(path):
+            if self._journal.owns(path):
                 refuse(f"SOURCE {path} is LOG_FILE {journal.path}: lines would go round in circles")
         self.look()
-
-    def _is_journal(self, path: str) -> bool:
-        real, own = os.path.realpath(path), os.path.realpath(self._journal.path)
-        return real == own or real.startswith(f"{own}.")
 
     def look(self) -> None:
         """Follows files that have come. Raises BlockingIOError."""
@@ -1583,7 +1585,7 @@ class Sources:
         self._looked_at = time.monotonic()
         for source in self._settings.sources:
             for path in self._matching(source):
-                if path not in self._followed and not self._is_journal(path) and not self._is_followed(path):
+                if path not in self._followed and not self._journal.owns(path) and not self._is_followed(path):
                     self._claims.append(claimed(path))
                     self._adopt_old_state(path)
                     self._followed[path] = FollowedFile(path, self._journal, self._settings.source_pattern)

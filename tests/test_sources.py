@@ -308,6 +308,23 @@ def test_the_old_state_belongs_to_the_source_that_has_its_file(
     assert_stored(fake, some_lines(5, "b"))
 
 
+def test_a_journal_that_got_the_inode_of_its_source_is_not_taken_for_it(source: Path, tmp_path: Path) -> None:
+    """After a restore: plain lines are the same in both."""
+    journal = source.with_name("logs.txt")
+    lines = some_lines(40)
+    write(source, lines[:20])
+    opened = client.open_journal(str(journal))
+    followed = client.FollowedFile(str(source), opened)
+    assert followed.step()
+    state = opened.sources[str(source)][0]
+    opened.sources[str(source)] = (client.replace(state, inode=journal.stat().st_ino),)
+    append(source, lines[20:])
+    again = client.FollowedFile(str(source), opened)
+    while again.step():
+        pass
+    assert journal.read_text().splitlines() == lines
+
+
 # ---- Rotation -------------------------------------------------------------------------------------------------------
 
 
