@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +318,7 @@ def test_a_journal_that_got_the_inode_of_its_source_is_not_taken_for_it(source: 
     followed = client.FollowedFile(str(source), opened)
     assert followed.step()
     state = opened.sources[str(source)][0]
-    opened.sources[str(source)] = (client.replace(state, inode=journal.stat().st_ino),)
+    opened.sources[str(source)] = (replace(state, inode=journal.stat().st_ino),)
     append(source, lines[20:])
     again = client.FollowedFile(str(source), opened)
     while again.step():
