@@ -1356,6 +1356,7 @@ class FollowedFile:
         if not self.files:
             self._open()
         self._look_for_newer()  # before the reading: what is written until then is read
+        self._keep()  # once more, if the disk was full
         for index, one in enumerate(self.files):
             if self._move(index):
                 one.quiet_since = float("inf")
@@ -1446,7 +1447,8 @@ class FollowedFile:
 
     def _open_at_path(self) -> OpenFile:
         file = open_regular(self.path)
-        return OpenFile(file, FileState(os.fstat(file).st_ino, os.path.realpath(self.path)))
+        status = os.fstat(file)
+        return OpenFile(file, FileState(status.st_ino, os.path.realpath(self.path), modified=status.st_mtime_ns))
 
     def _changed(self, state: FileState) -> list[OpenFile]:
         """The newest file is not there as it was: what is at the path goes on from where they part."""
@@ -1455,7 +1457,8 @@ class FollowedFile:
         self._say_parted(state, parting)
         if parting.offset:
             return [OpenFile(at_path.file, replace(parting, path=at_path.state.path))]
-        return [*self._newer_than(state, {at_path.state.inode}), at_path]
+        between = self._newer_than(state, {at_path.state.inode}) if state.modified else []
+        return [*between, at_path]
 
     def _find(self, state: FileState, besides: int = 0) -> OpenFile | None:
         """The file of that state, by its inode or, copied or compressed, by its content alone."""
@@ -1482,6 +1485,7 @@ class FollowedFile:
                 with suppress(FileNotFoundError):
                     inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
                     copied = modified >= state.modified and self._is_member(entry.name, state)
+                    copied |= entry.path == os.path.realpath(self.path)
                     ours = self._journal.owns(entry.path)  # plain lines are the same there
                     if entry.is_file() and not ours and (inode == state.inode or copied):
                         found.append((inode != state.inode, entry.path, inode))
@@ -1516,11 +1520,12 @@ class FollowedFile:
     def _newer_than(self, state: FileState, known: set[int]) -> list[OpenFile]:
         """Files of the rotation that were never the newest when we looked, in their order."""
         found = []
+        since = state.modified + (not state.offset)  # time stamps are coarse: one that was never read is newer than all
         for folder in self._folders(state):
             for entry in os.scandir(folder):
                 with suppress(FileNotFoundError):
                     status = entry.stat()
-                    newer = status.st_mtime_ns >= state.modified and status.st_ino not in known
+                    newer = status.st_mtime_ns >= since and status.st_ino not in known
                     if entry.is_file() and newer and self._is_member(entry.name, state):
                         found.append((status.st_mtime_ns, entry.path, status.st_ino))
         opened = (self._open_between(path, inode) for _, path, inode in sorted(found))

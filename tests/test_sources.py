@@ -381,6 +381,23 @@ def test_rotations_in_quick_succession_lose_nothing(
     assert_stored(fake, lines)
 
 
+def test_rotated_files_from_before_the_first_start_are_left_alone(
+    follow: Follow, fake: FakeBackend, source: Path, journal: Path
+) -> None:
+    """Also where the file that was empty then has been replaced."""
+    write(source.with_name("access.log.1"), some_lines(20, "old"))
+    source.touch()
+    service = follow()
+    wait_until(lambda: Path(f"{journal}.source").exists(), what="its state")
+    kill(service)
+    write(source.with_name("new"), new := some_lines(10, "new")).replace(source)
+    service = follow()
+    assert_stored(fake, new)
+    settled(journal)
+    assert service.end() == 0
+    assert stored(fake) == new
+
+
 def test_what_was_compressed_so_that_it_cannot_be_read_is_told_with_its_size(
     follow: Follow, fake: FakeBackend, source: Path
 ) -> None:
