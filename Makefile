@@ -84,18 +84,19 @@ lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy --strict .
 
-# Programs of Debian's packages of the same name, which the tests run
-TEST_TOOLS := chromium pgbouncer logrotate
+# Programs that the tests run, and Debian's packages that bring them; RUNLEVEL=1 keeps those from starting a service
+TEST_TOOLS := chromium:chromium logrotate:logrotate mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs nginx:nginx-light \
+  pgbouncer:pgbouncer
 
 .PHONY: test-tools
 test-tools:
-	@PATH=$$PATH:/usr/sbin; missing=; \
-	for tool in $(TEST_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	@PATH=$$PATH:/usr/sbin:/sbin; missing=; \
+	for tool in $(TEST_TOOLS); do command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "installing for the tests:$$missing"; \
 	  apt-get update -qq; \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else \
 	  echo "the tests need these: sudo apt-get install$$missing" >&2; \
 	  exit 1; \

@@ -2,61 +2,127 @@
 
     python client.py            (settings: env/client.env; standard library only)
 
-Its threads generate a line after a random pause, append it to the common LOG_FILE under a lock, and POST it. With
-SOURCE the lines come from a file that is followed, or from standard input (-), in the common or combined log format
-or as `IP METHOD URI STATUS`. A line that is in the journal is stored once, whichever process is killed; one that the
-backend refuses for good is in LOG_FILE.rejected with the reason, once. When the backend is away the client waits.
-It never shortens or renames the journal: move it away, with its companions, while no client runs.
+The way of a line:
+  1. A source has it: the generating threads, standard input, or files that are followed (SOURCE).
+  2. `journal_line` makes it `IP METHOD URI STATUS`, whichever log format it came in.
+  3. The source is flushed to disk; .source says, durably, which of its bytes become which bytes of the journal.
+  4. The line is appended to LOG_FILE, under the mutex; its id is this start's identity and its byte offset.
+  5. The courier flushes the journal to disk and POSTs the line with its neighbours; unanswered, they are sent again.
+  6. Stored, it is delivered; refused by the backend, it is in .rejected with the reason; by a proxy, it is held back.
+  7. .position follows each answer, .journal every two seconds and durably: no more than that is ever sent again.
+  8. A journal that is delivered and has ROTATE_BYTES becomes LOG_FILE.1, and a new one begins.
+What cannot be mended exactly ends the client with one line that says what was found and what to do.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import glob
+import gzip
 import http.client
+import itertools
 import json
 import logging
 import os
 import random
 import re
 import select
+import shutil
 import signal
+import socket
+import stat
 import sys
+import tempfile
 import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain
-from typing import Annotated, Any, get_type_hints
+from dataclasses import dataclass, field, fields, replace
+from email.utils import parsedate_to_datetime
+from typing import Annotated, Any, NamedTuple, get_type_hints
 from urllib.parse import urlsplit
 
 log = logging.getLogger("client")
 
+# ---- Limits ---------------------------------------------------------------------------------------------------------
+
 POLL_SECONDS = 0.05  # between looks at what may have changed
+GLOB_SECONDS = 1.0  # between looks for new files that match SOURCE
 HTTP_SECONDS = 30.0  # the backend answers a POST within 10 s, by 503 if need be
+ANSWER_SECONDS = 60.0  # from the first byte sent to the last one received, however they trickle
+ANSWER_BYTES = 16 * 1024 * 1024  # 10,000 refusals with their reasons are shorter
 MAX_DELAY_SECONDS = 30.0  # between attempts to reach the backend
-ROTATED_SECONDS = 2.0  # a renamed file must have been quiet for so long before the new one is read
+MAX_WISH_SECONDS = 3600.0  # of a Retry-After
+HELD_SECONDS = 1.0, 600.0  # the first and the longest pause between attempts with a line that is refused on the way
+HELD_BYTES = 4 * 1024 * 1024  # of lines that are held back; beyond, they hold up the others
+LASTING_REFUSALS = 3  # of one batch by something on the way; then it is narrowed down to the line
+HELD_IN_A_ROW = 16  # lines refused on the way with none accepted between: then it is an outage, and pauses grow
+DURABLE_SECONDS = 2.0  # between durable positions: what is sent again after a power cut
+ROTATED_SECONDS = 2.0  # a renamed file must have been quiet for so long before the next one is read
+UNTERMINATED_SECONDS = 10.0  # and for so long before its last line counts as whole without a line feed
+WATCHED_SECONDS = 3600.0  # a renamed file is looked at for so long: its writer may go on
 SHUTDOWN_SECONDS = 4.5  # for delivering what is left after SIGTERM; the process ends within 5 s
 PROGRESS_SECONDS = 10.0
-CHUNK_BYTES = 256 * 1024  # of a source at a time; a longer line is taken in pieces, which the backend refuses
+CHUNK_BYTES = 256 * 1024  # of a source at a time; a longer line is refused
 BATCH_BYTES = 1024 * 1024  # of the journal in one POST, whatever BATCH_SIZE says; a line is shorter
 TAIL_BYTES = 4 * 1024 * 1024  # of a file that is opened again; a line, or a note in .rejected, is shorter
-HEAD_BYTES = 256  # of a followed file, by which it is known again
+KNOWN_BYTES = 256  # at the beginning of a file, and before the offset, by which it is known again
+MARK_BYTES = 64 * 1024  # of a source between two checkpoints
+MARKS = 16  # checkpoints for each source: the newest are close together, older ones further and further apart
+ZERO_RUN = 16  # so many NULs in a line are no part of it: a power cut, or a writer behind a truncation, left them
+OVERLONG_BYTES = 200  # of an overlong line are noted
+SILENT_LINES = 100  # a source that has only unknown lines at its beginning is told after so many
+
+
+# ---- Settings -------------------------------------------------------------------------------------------------------
+
+
+def within(low: int, high: int, besides: str = "") -> Callable[[str], bool]:
+    return lambda text: bool(re.fullmatch("[0-9]{1,15}", text)) and (low <= int(text) <= high or text == besides)
+
+
+def like(expression: str) -> Callable[[str], bool]:
+    return lambda text: bool(re.fullmatch(expression, text))
+
+
+def is_url(text: str) -> bool:
+    try:
+        return bool(re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text)) and urlsplit(text).port != 0
+    except ValueError:  # its port, or brackets
+        return False
+
+
+def is_pattern(text: str) -> bool:
+    try:
+        groups = re.compile(text.encode()).groupindex.keys()
+    except (re.error, UnicodeEncodeError):
+        return False
+    return groups >= {"ip", "status"} and (groups >= {"method", "uri"} or "request" in groups)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every environment variable by its lower-case name, what it may be, its default; env/client.env explains them."""
+    """Every environment variable by its lower-case name: its type, what is right, in words, and the default."""
 
-    url: Annotated[str, r"https?://[^\s/?#]+(/[^\s?#]*)?", "like http://host/path"] = "http://localhost:8000/api/data"
-    threads_amount: Annotated[int, range(1, 1000)] = 3
-    request_delay_limit: Annotated[int, range(10_000_000)] = 5000  # milliseconds
-    log_file: Annotated[str, r"[^\0]*[^/\0]", "the path of a file"] = "logs.txt"
-    source: Annotated[str, r"[^\0]+", "the path of a file, or - for standard input"] = ""
-    batch_size: Annotated[int, range(1, 10_001)] = 1000
-    api_token: Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"] = ""
+    url: Annotated[str, is_url, "like http://host:port/path"] = "http://localhost:8000/api/data"
+    threads_amount: Annotated[int, within(1, 999), "a whole number from 1 to 999"] = 3
+    request_delay_limit: Annotated[int, within(0, 9_999_999), "a whole number from 0 to 9999999"] = 5000  # milliseconds
+    log_file: Annotated[str, like(r"[^\0]*[^/\0]"), "the path of a file"] = "logs.txt"
+    source: Annotated[str, like(r"(?s:.*[^\s,].*)"), "paths or patterns of files, or - for standard input"] = ""
+    source_pattern: Annotated[
+        str, is_pattern, "a regular expression that names ip, status, method, uri (or request)"
+    ] = ""
+    batch_size: Annotated[int, within(1, 10_000), "a whole number from 1 to 10000"] = 1000
+    rotate_bytes: Annotated[int, within(65_536, 10**15, besides="0"), "0, or a whole number from 65536"] = 268_435_456
+    keep_files: Annotated[int, within(0, 999), "a whole number from 0 to 999"] = 4
+    api_token: Annotated[str, like("[A-Za-z0-9._~+/=-]+"), "letters, digits and ._~+/=- (its value is not shown)"] = ""
+
+    @property
+    def sources(self) -> list[str]:
+        return [] if self.source == "-" else re.findall(r"[^\s,]+", self.source)
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -64,131 +130,501 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     values: dict[str, Any] = {}
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         text = re.sub(r"""^(['"])(.*)\1$""", r"\2", environ.get(name.upper(), "").strip()).strip()
-        rule, *allowed = hint.__metadata__
-        if isinstance(rule, range):
-            allowed = [f"a whole number from {rule[0]} to {rule[-1]}"]
-            good = bool(re.fullmatch("[0-9]{1,9}", text)) and int(text) in rule
-        else:
-            good = bool(re.fullmatch(rule, text))
-        if good:
+        is_right, allowed = hint.__metadata__
+        if text and is_right(text):
             values[name] = hint.__origin__(text)
         elif text:
-            shown = "(hidden)" if "not shown" in allowed[0] else repr(text)
-            print(f"client: {name.upper()} is {shown}: must be {allowed[0]}", file=sys.stderr)
-            raise SystemExit(2)
+            hidden = "not shown" in allowed or (name == "url" and "@" in text)
+            refuse(f"{name.upper()} is {'(hidden)' if hidden else repr(text)}: must be {allowed}")
     return Settings(**values)
 
 
-# ---- The journal ----------------------------------------------------------------------------------------------------
+def refuse(reason: str) -> None:
+    """Settings that cannot be used end the client at once. Raises SystemExit."""
+    print(f"client: {reason}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-class Journal:
-    """LOG_FILE, and beside it: its identity (.journal), how far it is delivered (.position), .rejected, .source.
+# ---- A line ---------------------------------------------------------------------------------------------------------
 
-    Why no line is lost or stored twice:
-      * A line is in the journal, and that on disk, before it is sent. What is not acknowledged is sent again, by this
-        process or by the next one. The position is moved after the answer; a stale or lost one costs re-sends only.
-      * A line's id is the journal's own UUID with the line's byte offset in its last 48 bits, so whoever sends it,
-        and however often, sends the same id; the backend stores an id once.
-      * An offset is never used for two lines: only one process appends (flock), a torn tail was never sent, and when
-        the journal has become shorter than what was acknowledged, it is another journal and gets another UUID.
-    Why a line of a followed file is in it once: before its lines are appended, .source says on disk from where to
-    where they reach there (`offset`, `offset_after`) and here (`journal`, `journal_after`). If all of them are here,
-    reading goes on behind them; if not, what is here is cut off (the append did not end: none was sent) and read again.
+METHODS = ("GET", "GET", "GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
+STATUS_CODES = (200, 200, 200, 201, 204, 301, 304, 400, 401, 403, 404, 500, 503)
+
+# Every pattern here needs linear time for any line: no repetition can end at two places (or it is possessive).
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}"  # a method, by RFC 9110
+URI = rb"A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-"  # what may stand in one, by RFC 3986
+# Most lines of Apache and nginx: address - user [time] "METHOD URI PROTOCOL" status ...
+USUAL = re.compile(
+    rb'([0-9]{1,3}(?:\.[0-9]{1,3}){3}|[0-9A-Fa-f:]{2,39}) - [^\s"\[]+ \[[^\]"]+\] "([A-Z]{1,32}) (['
+    + URI
+    + rb']+) HTTP/[0-9.]{1,9}"'
+    rb" ([1-5][0-9]{2})(?: .*)?"
+).fullmatch
+PLAIN = re.compile(rb"(\S+) (" + TOKEN + rb") ([^\s\0-\x1f\x7f]+) ([1-5][0-9]{2})").fullmatch
+CRI = re.compile(rb"[0-9-]{10}T[0-9:.]+(?:Z|[+-][0-9:]{5}) (?:stdout|stderr) [FP](?:\S*) ")
+SYSLOG = re.compile(
+    rb"(?:<[0-9]{1,3}>)?(?:[A-Z][a-z]{2} [ 0-9][0-9] [0-9:]{8}|[0-9-]{10}T[0-9:.]+(?:Z|[+-][0-9:]{5})) \S+ [^\s:]+: ?"
+    rb"|<[0-9]{1,3}>1 \S+ \S+ \S+ \S+ \S+ (?:-|\[[^\]]*\]) (?:\xef\xbb\xbf)?"
+)
+WORDS = re.compile(  # a quoted string with escapes, something in brackets, or what stands between blanks
+    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?$)|\[[^\]]*+(?:\]|$)|[^\s"\[]\S*+', re.DOTALL
+)
+ADDRESS = re.compile(
+    rb"\[([0-9A-Fa-f:.]+)(?:%[^\]]*)?\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)(?:%\S*)?"
+).fullmatch
+ESCAPE = re.compile(rb"\\(?:x([0-9A-Fa-f]{2})|(.))", re.DOTALL)
+ESCAPED = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"b": b"\b", b"v": b"\v", b"f": b"\f", b'"': b'"', b"\\": b"\\"}
+REQUEST = re.compile(rb"(" + TOKEN + rb")[ \t]+(.*\S)", re.DOTALL).fullmatch
+PROTOCOL = re.compile(rb"[ \t]+[A-Z]{2,9}/[0-9](?:\.[0-9])?$")
+FOREIGN = re.compile(rb"[^" + URI + rb"]")
+
+# Where JSON lines of nginx, Caddy and Traefik have what; `request` may be a line (nginx) or an object (Caddy)
+IP_NAMES = ("remote_addr", "remote_ip", "client_ip", "ClientHost", "ClientAddr")
+METHOD_NAMES = ("request_method", "method", "RequestMethod")
+URI_NAMES = ("request_uri", "uri", "RequestPath")
+STATUS_NAMES = ("status", "DownstreamStatus", "OriginStatus")
+
+
+class Parsed(NamedTuple):
+    """A source line as it goes into the journal, and whether it is one that the backend should take."""
+
+    line: bytes
+    known: bool = True
+
+
+def generate_line() -> bytes:
+    ip = ".".join(str(random.randint(1, 254)) for _ in range(4))
+    path = "/".join(f"{random.randrange(16**4):04x}" for _ in range(random.randint(1, 3)))
+    return f"{ip} {random.choice(METHODS)} https://domain.com/{path} {random.choice(STATUS_CODES)}".encode()
+
+
+def journal_line(line: bytes, pattern: re.Pattern[bytes] | None = None) -> Parsed:
+    """A source line of any known form as four fields; any other as it is: the backend will refuse it with a reason.
+
+    The forms, with `pattern` none but that: four fields; common and combined format, with virtual host, port or
+    forwarded addresses in front; JSON of nginx, Caddy and Traefik; each of them behind a header of syslog or of a
+    container engine.
     """
-
-    def __init__(self, path: str, file: int) -> None:
-        """Takes over the open and locked file as it was left. Raises OSError, and what a spoilt .journal gives.
-
-        The identity is kept apart from the position, as that may be lost or stale.
-        """
-        self.path = path
-        self._file = file
-        self._mutex = threading.Lock()
-        read_tail(file, path)
-        self.size = os.fstat(file).st_size
-        self.source = read_state(f"{path}.source")
-        if self.source.get("journal", 0) <= self.size < self.source.get("journal_after", 0):
-            self._take_back_source()
-        self.acknowledged = read_state(f"{path}.position").get("acknowledged", 0)
-        if self.acknowledged > self.size or not os.path.exists(f"{path}.journal"):
-            fresh = str(uuid.uuid4())  # made a version 8 of RFC 9562; neighbouring ids keep the index dense
-            write_state(f"{path}.journal", {"identity": f"{fresh[:14]}8{fresh[15:24]}"})
-        if self.acknowledged > self.size:  # after that: the old identity must not meet a position that seems to fit
-            log.warning("%s is shorter than what was delivered of it: it begins anew", path)
-            self.acknowledged = 0
-            write_state(f"{path}.position", {"acknowledged": 0})
-        with open(f"{path}.journal", encoding="utf-8") as identity:
-            self._identity = str(json.load(identity)["identity"])
-        self._noted = ""  # the id of the last line in .rejected
-
-    def _take_back_source(self) -> None:
-        """Cuts off the lines of SOURCE that a killed process did not append to their end; they are read again."""
-        self.size = self.source["journal"]
-        os.ftruncate(self._file, self.size)
-        os.fsync(self._file)
-        head = self.source.get("head_before", 0)  # that of what was read before these lines
-        self.source |= {"offset_after": self.source["offset"], "journal_after": self.size, "head": head}
-        write_state(f"{self.path}.source", self.source)
-
-    def left(self) -> int:
-        """Bytes that are not delivered."""
-        return self.size - self.acknowledged
-
-    def append(self, lines: Sequence[bytes], source: Mapping[str, int] | None = None) -> None:
-        """Whole lines to the end, or nothing; `source` says what they are of a followed file. Raises OSError."""
-        data = b"".join(line + b"\n" for line in lines)
-        with self._mutex:
-            if source:
-                os.fsync(self._file)  # .source may be ahead of what is on disk by these lines, and by no others
-                here = {"journal": self.size, "journal_after": self.size + len(data)}
-                write_state(f"{self.path}.source", {**source, **here})
-            append_whole(self._file, data)
-            self.size += len(data)
-
-    def pending(self, count: int) -> list[tuple[str, bytes]]:
-        """The next lines to send with their ids, oldest first. Raises OSError."""
-        offset, end = self.acknowledged, self.size
-        os.fsync(self._file)  # else a power cut could take a line whose id is in the database already
-        data = os.pread(self._file, min(BATCH_BYTES, end - offset), offset)
-        lines = []
-        for line in data.split(b"\n", count)[:-1]:
-            lines.append((f"{self._identity}{offset:012x}", line))
-            offset += len(line) + 1
-        return lines
-
-    def acknowledge(self, lines: Sequence[tuple[str, bytes]]) -> None:
-        """The next lines, as `pending` gave them, are stored or noted as refused."""
-        self.acknowledged += sum(len(line) + 1 for _, line in lines)
-        with suppress(OSError):  # stale is safe
-            write_state(f"{self.path}.position", {"acknowledged": self.acknowledged}, durable=False)
-
-    def reject(self, record_id: str, line: bytes, reason: str) -> None:
-        """Notes a refused line, once: the notes are in the order of the journal, so the last one says what is there."""
-        note = json.dumps({"id": record_id, "reason": reason, "log": line.decode(errors="backslashreplace")})
-        with open(f"{self.path}.rejected", "a+b") as file:
-            if not self._noted:
-                own = re.compile(b'^{"id": "(%s.{12})' % self._identity.encode(), re.MULTILINE)
-                self._noted = max(own.findall(read_tail(file.fileno(), file.name)), default=b"").decode()
-            if record_id > self._noted:
-                append_whole(file.fileno(), note.encode() + b"\n")
-                self._noted = record_id
-                os.fsync(file.fileno())
+    line = text = line.removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n")
+    if pattern:
+        return from_pattern(pattern, line)
+    for header in (CRI, SYSLOG):
+        if found := header.match(text):
+            text = text[found.end() :].lstrip()
+    if found := PLAIN(text) or USUAL(text):
+        ip = address_of(found[1])
+        return Parsed(percent_encoded_if_not_utf8(b" ".join((ip or found[1], *found.groups()[1:]))), bool(ip))
+    return (from_json(text) if text.startswith(b"{") else from_access_log(text)) or Parsed(line, False)
 
 
-def open_journal(path: str, number: int = 1) -> Journal:
-    """With %n in the path: the first of 1, 2, 3... that no other client has. Raises BlockingIOError if one has it."""
-    name = path.replace("%n", str(number))
-    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-    file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+def from_pattern(pattern: re.Pattern[bytes], line: bytes) -> Parsed:
+    found = pattern.search(line)
+    if not found:
+        return Parsed(line, False)
+    named = {name: text or b"" for name, text in found.groupdict().items()}
+    if "request" in named:
+        method, uri = request_fields(unescaped(named["request"]))
+    else:
+        method, uri = named["method"], percent_encoded(unescaped(named["uri"])) or b"-"
+    return four_fields(named["ip"], method, uri, named["status"])
+
+
+def four_fields(ip: bytes, method: bytes, uri: bytes, status: bytes) -> Parsed:
+    """An address without port and zone; what is none (a host name, `unix:`) is left for the backend to refuse."""
+    known = address_of(ip)
+    parts = known or percent_encoded(ip) or b"-", method, uri, status or b"-"
+    return Parsed(b" ".join(parts), bool(known and re.fullmatch(rb"[1-5][0-9]{2}", status)))
+
+
+def address_of(text: bytes) -> bytes | None:
+    """An IPv4 or IPv6 address without what a log has around it: a port, a zone, brackets."""
+    if found := ADDRESS(text):
+        bare: bytes = found[1] or found[2] or found[3]
+        with suppress(OSError):
+            socket.inet_pton(socket.AF_INET6 if b":" in bare else socket.AF_INET, bare.decode())
+            return bare
+    return None
+
+
+def from_access_log(line: bytes) -> Parsed | None:
+    """Common and combined format: the first quoted string with a status behind it is the request."""
+    before: list[bytes] = []
+    request = b""
+    for found in WORDS.finditer(line):
+        word = found[0]
+        if request and re.fullmatch(rb"[0-9]{3}|-", word):
+            method, uri = request_fields(unescaped(request[1:-1]))
+            return four_fields(remote_address(before), method, uri, word)
+        if request:
+            before.append(request)
+        request = word if len(word) > 1 and word.startswith(b'"') and word.endswith(b'"') else b""
+        if not request:
+            before.append(word)
+    return None
+
+
+def remote_address(words: Sequence[bytes]) -> bytes:
+    """Which of the words in front of the request is the remote address, as %h of Apache and $remote_addr of nginx.
+
+    It is the last of the first addresses that follow each other: a virtual host, or a forwarded address, stands before
+    it. A list by commas (X-Forwarded-For) is passed over, unless it stands in place of the address: then its first.
+    """
+    listed = False  # the word before ended with a comma
+    single: list[bytes] = []
+    in_list: list[bytes] = []
+    for word in words:
+        parts = [part for part in word.strip(b'"').split(b",") if part]
+        addresses = [part for part in parts if address_of(part)]
+        if addresses and len(addresses) == len(parts):
+            (in_list if listed or b"," in word else single).extend(addresses)
+        elif single or in_list:
+            break
+        listed = word.endswith(b",")
+    if single:
+        return single[-1]
+    if in_list:
+        return in_list[0]
+    named = [word for word in words[: words.index(b"-") if b"-" in words else 1] if word[:1] not in (b'"', b"[")]
+    return named[-1] if named else b"-"
+
+
+def unescaped(text: bytes) -> bytes:
+    r"""Undoes \", \\, \xHH and the like of nginx and Apache."""
+    if b"\\" not in text:
+        return text
+    return ESCAPE.sub(
+        lambda found: bytes.fromhex(found[1].decode()) if found[1] else ESCAPED.get(found[2], found[0]), text
+    )
+
+
+def percent_encoded(text: bytes) -> bytes:
+    """Blanks, controls, bytes beyond ASCII, and whatever else may not stand in a URI (RFC 3986) become %HH."""
+    return FOREIGN.sub(lambda found: b"%%%02X" % found[0][0], text)
+
+
+def percent_encoded_if_not_utf8(line: bytes) -> bytes:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        if name == path:
-            raise
-        return open_journal(path, number + 1)
-    return Journal(name, file)
+        line.decode()
+        return line
+    except UnicodeDecodeError:
+        return re.sub(rb"[\x80-\xff]", lambda found: b"%%%02X" % found[0][0], line)
+
+
+def request_fields(request: bytes) -> tuple[bytes, bytes]:
+    """Method and URI of METHOD URI [PROTOCOL]; what is no request line is the URI of the method -."""
+    request = request.strip(b" \t\r\n")
+    if found := REQUEST(request):
+        uri = percent_encoded(PROTOCOL.sub(b"", found[2]))
+        if uri:
+            return found[1], uri
+    return b"-", percent_encoded(request) or b"-"
+
+
+def from_json(text: bytes) -> Parsed | None:
+    """A JSON line of nginx, Caddy or Traefik, or a line that Docker has wrapped in one."""
+    try:
+        entry = read_json(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict):
+        return None
+    if isinstance(entry.get("log"), str) and "status" not in entry:
+        return journal_line(as_bytes(entry["log"]))
+    inner = entry["request"] if isinstance(entry.get("request"), dict) else {}
+
+    def one_of(names: Iterable[str]) -> bytes:
+        values = (place[name] for name in names for place in (entry, inner) if name in place)
+        return as_bytes(next((value for value in values if isinstance(value, (str, int))), ""))
+
+    status, ip = one_of(STATUS_NAMES), one_of(IP_NAMES)
+    if not status or not ip:
+        return None
+    if isinstance(entry.get("request"), str):
+        method, uri = request_fields(as_bytes(entry["request"]))
+    else:
+        method, uri = one_of(METHOD_NAMES) or b"-", percent_encoded(one_of(URI_NAMES)) or b"-"
+    return four_fields(ip, method, uri, status)
+
+
+def read_json(text: bytes) -> Any:
+    r"""Also with the \xHH of nginx without escape=json, which is no JSON. Raises ValueError, RecursionError."""
+    characters = text.decode(errors="surrogateescape")
+    with suppress(ValueError):
+        return json.loads(characters)
+    return json.loads(re.sub(r"\\x([0-9A-Fa-f]{2})", lambda x: rf"\u{'00' if x[1] < '8' else 'dc'}{x[1]}", characters))
+
+
+def as_bytes(value: str | int) -> bytes:
+    """The bytes that a JSON string, or number, stands for."""
+    try:
+        return str(value).encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # half of a pair
+        return str(value).encode(errors="surrogatepass")
+
+
+def overlong(first: bytes, length: int) -> bytes:
+    """What is noted of a line that is too long to be read at once: four fields it has not, so it will be refused."""
+    return first[:OVERLONG_BYTES].replace(b"\n", b" ") + b" ... a line of %d bytes, too long to be stored" % length
+
+
+class Parser:
+    """Makes journal lines of a source's bytes; counts what it skips."""
+
+    def __init__(self, name: str, pattern: str = "") -> None:
+        self._name = name
+        self._pattern = re.compile(pattern.encode()) if pattern else None
+        self._usual: Callable[[bytes], re.Match[bytes] | None] = USUAL if not pattern else lambda _: None
+        self._silent = 0  # lines of no known form from its beginning on; -1: it has others
+        self.zeros = 0
+
+    def lines(self, data: bytes) -> list[bytes]:
+        """The journal lines of whole lines."""
+        if b"\0" in data:
+            data, before = re.sub(rb"(?m)^\0+|\0{%d,}+" % ZERO_RUN, b"\n", data), len(data)
+            self.skipped(before - len(data))
+        found, unknown = [], 0
+        for line in data.split(b"\n"):
+            if usual := self._usual(line):
+                found.append(b"%b %b %b %b" % usual.groups())
+            elif line:
+                parsed = journal_line(line, self._pattern)
+                if parsed.line:
+                    found.append(parsed.line)
+                    unknown += not parsed.known
+        if found and self._silent >= 0:
+            self._look_at(found, unknown)
+        return found
+
+    def _look_at(self, found: Sequence[bytes], unknown: int) -> None:
+        """Said once: a source of which nothing will be stored."""
+        self._silent = self._silent + unknown if unknown == len(found) else -1
+        if self._silent >= SILENT_LINES:
+            self._silent = -1
+            log.error("%s: none of its first %d lines is in a known format, such as %.200r; set SOURCE_PATTERN",
+                      self._name, SILENT_LINES, found[0].decode(errors="replace"))  # fmt: skip
+
+    def skipped(self, count: int) -> None:
+        """NULs that were not part of a line."""
+        self.zeros += count
+        if count > ZERO_RUN:
+            log.warning("%s: skipped %d NUL bytes between lines, %d so far", self._name, count, self.zeros)
+
+
+# ---- What is kept on disk -------------------------------------------------------------------------------------------
+
+
+class Spoilt(Exception):
+    """A file is not what it should be, and going on would lose or repeat lines: somebody has to look at it."""
+
+
+class DiskFailure(Exception):
+    """An fsync failed. A later one may succeed without the data being on disk, so this process ends (as PostgreSQL)."""
+
+
+@dataclass(frozen=True)
+class JournalState:
+    """What .journal holds. A line's id is the identity of the span that its offset is in, and that offset."""
+
+    part: int = 1  # which LOG_FILE this is: the first, or that after so many rotations
+    spans: tuple[tuple[int, str], ...] = ()  # (first offset, identity) of what each start appended, in order
+    acknowledged: int = 0  # all lines before it are delivered, or held
+    held: tuple[tuple[str, str], ...] = ()  # (id, line) of what is refused on the way; of older parts, too
+    head: str = ""  # what the delivered bytes begin with
+    floor: int = 0  # up to where the part before this one was delivered
+
+
+class Mark(NamedTuple):
+    """A checkpoint of a followed file: up to `offset` its bytes have this checksum and are in this part, from to."""
+
+    offset: int
+    crc: int  # of all bytes since the state's `base`
+    part: int
+    journal: int
+    journal_after: int
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What .source holds of a file that is followed: up to where it was read, and how it is known again."""
+
+    inode: int = 0
+    path: str = ""  # where it was, links resolved
+    offset: int = 0
+    modified: int = 0  # its time stamp then, in nanoseconds
+    head: str = ""  # its first bytes, as Latin-1
+    tail: str = ""  # the bytes before the offset
+    head_crc: int = 0  # as the version before this one had it, instead of both; 0: not known
+    base: int = 0  # what is before this has no marks
+    marks: tuple[Mark, ...] = ()
+    left_at: float = 0.0  # when another file was seen in its place, in seconds since the epoch; 0: it is the newest
+
+    def back_to(self, count: int) -> FileState:
+        """As it was at one of its marks."""
+        if count == len(self.marks):
+            return self
+        return replace(
+            self, offset=self.marks[count - 1].offset if count else self.base, marks=self.marks[:count], tail=""
+        )
+
+    def with_mark(self, mark: Mark) -> FileState:
+        """With one more; neighbours become one: short ones, and older ones when there are many."""
+        marks = [*self.marks, mark]
+        starts = [self.base, *(one.offset for one in marks)]
+
+        def joined(n: int) -> int | None:
+            """The length of what marks n and n + 1 cover, if they can become one."""
+            follows = marks[n].part == marks[n + 1].part and marks[n].journal_after == marks[n + 1].journal
+            return marks[n + 1].offset - starts[n] if follows else None
+
+        n = len(marks) - 2
+        if n < 0 or (length := joined(n)) is None or length > MARK_BYTES:
+            if len(marks) <= MARKS:
+                return replace(self, marks=tuple(marks))
+            lengths = [(length, n) for n in range(len(marks) - 4) if (length := joined(n)) is not None]
+            n = min(lengths)[1] if lengths else -1
+        if n < 0:  # other sources' lines between all of them: the oldest one goes
+            return replace(self, base=self.base, marks=(marks[1]._replace(part=0), *marks[2:]))
+        marks[n : n + 2] = [marks[n + 1]._replace(journal=marks[n].journal)]
+        return replace(self, marks=tuple(marks))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What .source says of the last bytes that were moved into the journal."""
+
+    source: str
+    index: int  # of the file among the states of that source
+    before: FileState | None  # None: there was none of it
+    identity: str
+    part: int
+    journal: int
+    journal_after: int
+    crc: int | None  # of these bytes of the journal; None: not known
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """What .source holds: the files of each source, the newest last, and the last chunk."""
+
+    sources: Mapping[str, tuple[FileState, ...]] = field(default_factory=dict)
+    chunk: Chunk | None = None
+
+
+def read_state(path: str) -> dict[str, Any] | None:
+    """A JSON object; None if there is no such file, and only then. Raises Spoilt."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Spoilt(f"{path} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise Spoilt(f"{path} holds no JSON object")
+    return state
+
+
+def typed(kind: Any, values: Any, path: str) -> Any:
+    """A dataclass from what JSON has of it. Raises Spoilt for a name or type that is not its own."""
+    try:
+        made = kind(**values)
+        for item in fields(kind):
+            value, wanted = getattr(made, item.name), type(item.default)
+            if wanted in (int, str, float) and not isinstance(value, (int, float) if wanted is float else wanted):
+                raise TypeError(f"{item.name} is {value!r}")
+            if wanted is int and value < 0:
+                raise ValueError(f"{item.name} is {value}")
+        return made
+    except (TypeError, ValueError) as error:
+        raise Spoilt(f"{path} is spoilt: {error}") from error
+
+
+def read_journal_state(path: str) -> JournalState | None:
+    """Raises Spoilt. The version before this one had a single identity, and the position elsewhere."""
+    values = read_state(path)
+    if values is None:
+        return None
+    try:
+        if "identity" in values:
+            values = {"spans": [(0, values["identity"])]}
+        spans = tuple((int(offset), str(uuid.UUID(f"{name}{0:012x}"))[:24]) for offset, name in values.pop("spans"))
+        held = tuple((str(record_id), str(line)) for record_id, line in values.pop("held", ()))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Spoilt(f"{path} is spoilt: {error!r}") from error
+    state: JournalState = typed(JournalState, {**values, "spans": spans, "held": held}, path)
+    return state
+
+
+def read_source_state(path: str) -> SourceState:
+    """Raises Spoilt. The version before this one knew one file, and not of which source: that is kept as ""."""
+    values = read_state(path)
+    if values is None:
+        return SourceState()
+    try:
+        if "sources" not in values:
+            return old_source_state(values)
+        sources = {name: tuple(file_state(one, path) for one in states) for name, states in values["sources"].items()}
+        chunk = values["chunk"]
+        if chunk is not None:
+            chunk = Chunk(**{**chunk, "before": chunk["before"] and file_state(chunk["before"], path)})
+            if not all(isinstance(n, int) for n in (chunk.index, chunk.part, chunk.journal, chunk.journal_after)):
+                raise TypeError("its chunk has no numbers")
+        return SourceState(sources, chunk)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Spoilt(f"{path} is spoilt: {error!r}") from error
+
+
+def file_state(values: Mapping[str, Any], path: str) -> FileState:
+    marks = tuple(Mark(*map(int, mark)) for mark in values["marks"])
+    state: FileState = typed(FileState, {**values, "marks": marks}, path)
+    return state
+
+
+def old_source_state(values: Mapping[str, Any]) -> SourceState:
+    """Raises KeyError, TypeError."""
+    inode, before, after, here, there = (
+        values[name] for name in ("inode", "offset", "offset_after", "journal", "journal_after")
+    )
+    if not all(isinstance(number, int) for number in (inode, before, after, here, there)):
+        raise TypeError("numbers are wanted")
+    earlier = FileState(inode, offset=before, base=before, head_crc=values.get("head_before", 0))
+    latest = FileState(inode, offset=after, base=after, head_crc=values.get("head", 0))
+    return SourceState({"": (latest,)}, Chunk("", 0, earlier, "", 1, here, there, None))
+
+
+def write_state(path: str, state: str, durable: bool = True) -> None:
+    """Replaces a small file as a whole. Raises OSError, DiskFailure."""
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        file.write(state)
+        file.flush()
+        if durable:
+            flush_to_disk(file.fileno(), path)
+    os.replace(f"{path}.new", path)
+    if durable:
+        flush_folder(path)
+
+
+def as_json(state: Any) -> str:
+    return json.dumps(state, default=vars)
+
+
+def flush_to_disk(file: int, path: str) -> None:
+    """Raises DiskFailure."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        raise DiskFailure(
+            f"{path} could not be flushed to disk ({error}); what is there is read again at the next start"
+        ) from error
+
+
+def flush_folder(path: str) -> None:
+    """A new name, or a renamed one, lasts only when its folder is on disk. Raises OSError, DiskFailure."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        flush_to_disk(folder, path)
+    finally:
+        os.close(folder)
 
 
 def read_tail(file: int, path: str) -> bytes:
@@ -202,6 +638,456 @@ def read_tail(file: int, path: str) -> bytes:
     return tail if torn < TAIL_BYTES else read_tail(file, path)
 
 
+def crc_of(file: int, start: int, end: int, crc: int = 0) -> int | None:
+    """The checksum of these bytes of a file, going on from `crc`; None if it is shorter."""
+    while start < end:
+        data = os.pread(file, min(CHUNK_BYTES, end - start), start)
+        if not data:
+            return None
+        crc, start = zlib.crc32(data, crc), start + len(data)
+    return crc
+
+
+def shift_parts(path: str, keep: int) -> None:
+    """Makes room for a new `path`.1 beside the `keep` - 1 newest of the old ones. Raises OSError."""
+    for number in sorted(part_numbers(path), reverse=True):
+        if number >= keep:
+            os.unlink(f"{path}.{number}")
+        else:
+            os.replace(f"{path}.{number}", f"{path}.{number + 1}")
+
+
+def part_numbers(path: str) -> list[int]:
+    found = (re.fullmatch(r"\.([1-9][0-9]{0,5})", name[len(path) :]) for name in glob.glob(f"{glob.escape(path)}.*"))
+    return [int(number[1]) for number in found if number]
+
+
+# ---- The journal ----------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """LOG_FILE, and beside it .journal, .position, .source, .rejected, and older parts (.1 is the newest).
+
+    Why no line is lost or stored twice:
+      * A line is in the journal, and that on disk, before it is sent. What is not acknowledged is sent again, by this
+        process or by the next one. The position is moved after the answer; a stale or lost one costs re-sends only.
+      * A line's id is the identity of the start that appended it, with the line's byte offset in its last 48 bits, so
+        whoever sends it, and however often, sends the same id; the backend stores an id once.
+      * An id is never used for two lines: each start makes an identity, durably before its first line, so a copy of
+        the journal, a backup that was restored, or a journal that was shortened, goes on under a name of its own;
+        within a start only one process appends (flock), and what is cut off again was never sent.
+    Why a line of a followed file is in it once: before its lines are appended, .source says on disk from where to
+    where they reach there and here, with the checksum of both. If all of them are here, reading goes on behind them;
+    if not, what is here is cut off (the append did not end, or not on disk: none was sent) and read again.
+    Why a rotation is neither: it begins when all is delivered, and that is on disk. Whatever of it a crash leaves
+    undone, the next start finds LOG_FILE shorter than what was delivered of it, so that nothing of it is due.
+    """
+
+    def __init__(self, path: str, file: int, rotate_bytes: int = 0, keep_files: int = 0) -> None:
+        """Takes over the open and locked file as it was left. Raises OSError, Spoilt and DiskFailure."""
+        self.path = path
+        self.draining = False  # the backend takes lines, so a journal that is due for rotation will soon be delivered
+        self._file = file
+        self._rotate_bytes, self._keep_files = rotate_bytes, keep_files
+        self._mutex = threading.Lock()
+        read_tail(file, path)
+        self.size = os.fstat(file).st_size
+        flush_folder(path)
+        self.state = self._read_state()
+        stored = read_source_state(f"{path}.source")
+        self.sources, self._chunk = dict(stored.sources), stored.chunk
+        self._source_texts: dict[str, str] = {}
+        self._take_back_chunk()
+        self._take_back_sources(max(self.size, self.state.acknowledged))
+        self.state = self._with_new_span(self._checked(self.state))
+        self.acknowledged = self.state.acknowledged
+        self.held = {record_id: line.encode("latin-1") for record_id, line in self.state.held}
+        self._saved = self._torn = self._said = False
+        self._rejected = -1
+        self._noted: set[str] = set()  # ids in .rejected that may be refused again
+        self._unflushed_notes = False
+        self._durable, self._durable_held, self._durable_at = -1, self.state.held, time.monotonic()
+        try:
+            self._save()
+        except OSError as error:  # what is there can be delivered; nothing is appended before this is on disk
+            log.warning("%s.journal: %s; waiting", path, error)
+
+    # -- how it was left
+
+    def _read_state(self) -> JournalState:
+        """.journal, or the position beside it that is further on. Raises Spoilt."""
+        state, position = read_journal_state(f"{self.path}.journal"), self._read_position()
+        if state is None:
+            beside = [name for name in ("position", "source") if os.path.exists(f"{self.path}.{name}")]
+            if beside and self.size:
+                raise Spoilt(f"{self.path}.journal is missing, but {self.path}.{beside[0]} is there")
+            return JournalState()
+        acknowledged = position.get("acknowledged")
+        names = [name for _, name in state.spans]
+        fits = position.get("identity", names[0] if len(names) == 1 else None) in names
+        if isinstance(acknowledged, int) and fits and acknowledged > state.acknowledged:
+            return replace(state, acknowledged=acknowledged)
+        return state
+
+    def _read_position(self) -> dict[str, Any]:
+        """A hint beside what is durable: missing or spoilt, it costs some re-sends."""
+        try:
+            return read_state(f"{self.path}.position") or {}
+        except Spoilt as error:
+            log.warning("%s; sending some lines again", error)
+            return {}
+
+    def _checked(self, state: JournalState) -> JournalState:
+        """Is LOG_FILE what was delivered up to there? If it was shortened, or is another, it goes on as that."""
+        head = state.head.encode("latin-1")
+        same = os.pread(self._file, len(head), 0) == head[: self.size]
+        if state.acknowledged <= self.size:
+            if not same:
+                raise Spoilt(f"{self.path} is not the journal of which {state.acknowledged} bytes were delivered")
+            return state
+        if same and head and self.size:
+            log.warning(
+                "%s was cut from %d bytes to %d; all that is left was delivered",
+                self.path,
+                state.acknowledged,
+                self.size,
+            )
+            return replace(state, acknowledged=self.size)
+        log.warning("%s is shorter than what was delivered of it: it begins anew", self.path)
+        return JournalState(state.part + 1, held=state.held, floor=state.acknowledged)
+
+    def _with_new_span(self, state: JournalState) -> JournalState:
+        """What this process appends gets an identity of its own; the last 1,000 stay for whoever looks up an id."""
+        spans = [span for span in state.spans if span[0] < self.size] or ([(0, new_identity())] if self.size else [])
+        due = [n for n, span in enumerate(spans) if span[0] <= state.acknowledged][-1:] or [0]
+        return replace(state, spans=(*spans[min(due[0], max(0, len(spans) - 1000)) :], (self.size, new_identity())))
+
+    def _take_back_chunk(self) -> None:
+        """Cuts off the lines of a source that were not appended to their end, or not to disk; they are read again."""
+        chunk, state = self._chunk, self.state
+        names = {name for _, name in state.spans}
+        if not chunk or chunk.part != state.part or (chunk.identity and chunk.identity not in names):
+            return
+        if state.acknowledged >= chunk.journal_after or self.size < chunk.journal or self.size > chunk.journal_after:
+            return
+        whole = self.size == chunk.journal_after
+        if whole and chunk.crc in (None, crc_of(self._file, chunk.journal, chunk.journal_after)):
+            return
+        if state.acknowledged > chunk.journal:
+            raise Spoilt(f"{self.path} has other bytes behind {chunk.journal} than were appended there")
+        log.warning(
+            "%s: cut off %d bytes of an append that did not end; reading them again",
+            self.path,
+            self.size - chunk.journal,
+        )
+        self.size = chunk.journal
+        os.ftruncate(self._file, self.size)
+        flush_to_disk(self._file, self.path)
+        files = list(self.sources.get(chunk.source, ()))
+        files[chunk.index :] = [chunk.before, *files[chunk.index + 1 :]] if chunk.before else files[chunk.index + 1 :]
+        self.sources[chunk.source] = tuple(files)
+        self._chunk = None
+        self._write_sources()
+
+    def _take_back_sources(self, end: int) -> None:
+        """A journal that was restored or removed has less of the sources than .source says: that is read again."""
+        state = self.state
+
+        def is_here(mark: Mark) -> bool:
+            if mark.part == state.part:
+                return mark.journal_after <= end
+            return mark.part < max(1, state.part - 1) or (mark.part < state.part and mark.journal_after <= state.floor)
+
+        for name, files in self.sources.items():
+            self.sources[name] = tuple(one.back_to(sum(map(is_here, one.marks))) for one in files)
+            for before, after in zip(files, self.sources[name], strict=True):
+                if before != after:
+                    log.warning("%s has less of %s than was read; reading again from byte %d on, some lines twice",
+                                self.path, name, after.offset)  # fmt: skip
+
+    def lines_of(self, mark: Mark) -> Iterator[bytes]:
+        """The lines that were appended between the mark before that one and that one, as far as they are here."""
+        offset = mark.journal
+        for line in raw_lines(self._file, offset) if mark.part == self.state.part else ():
+            if offset >= mark.journal_after:
+                return
+            yield line[:-1]
+            offset += len(line)
+
+    # -- appending
+
+    def owns(self, path: str) -> bool:
+        """It is LOG_FILE or a file beside it."""
+        real, own = os.path.realpath(path), os.path.realpath(self.path)
+        return real == own or real.startswith(f"{own}.")
+
+    def left(self) -> int:
+        """Bytes that are not delivered."""
+        return max(0, self.size - self.acknowledged) + sum(len(line) + 1 for line in self.held.values())
+
+    def rests(self) -> bool:
+        """It is due for rotation, and soon delivered: whoever appends waits for that."""
+        return self.draining and 0 < self._rotate_bytes <= self.size and self.acknowledged < self.size
+
+    def append(self, lines: Sequence[bytes], move: Move | None = None) -> None:
+        """Whole lines to the end, or nothing; `move` says where they are from. Raises OSError, Spoilt, DiskFailure."""
+        data = b"".join(line + b"\n" for line in lines)
+        with self._mutex:
+            try:
+                self._append(data, move)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
+                    raise
+                self._append(data, move)
+
+    def _append(self, data: bytes, move: Move | None) -> None:
+        if not self._saved:  # a rotation could not write the new identity
+            self._save()
+        if self._torn:  # an append and its truncation both failed
+            os.ftruncate(self._file, self.size)
+            self._torn = False
+        if os.fstat(self._file).st_size != self.size:
+            raise Spoilt(f"{self.path} was changed by somebody else while it was in use")
+        if move:
+            flush_to_disk(self._file, self.path)  # .source may be ahead of the disk by these lines, and by no others
+            self._note_move(move, data)
+        try:
+            rest = data
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError:
+            self._torn = True
+            os.ftruncate(self._file, self.size)
+            self._torn = False
+            raise
+        self.size += len(data)
+
+    def _note_move(self, move: Move, data: bytes) -> None:
+        """Says in .source, durably, what is about to be appended. Nothing is changed if that fails."""
+        end = self.size + len(data)
+        part, (_, identity) = self.state.part, self.state.spans[-1]
+        files = self.sources.get(move.source, ())
+        before = files[move.index] if move.index < len(files) else None
+        chunk = Chunk(move.source, move.index, before, identity, part, self.size, end, zlib.crc32(data))
+        state = move.after.with_mark(Mark(move.after.offset, move.crc, part, self.size, end))
+        known, known_chunk = self.sources.get(move.source), self._chunk
+        self.sources[move.source], self._chunk = (*files[: move.index], state, *files[move.index + 1 :]), chunk
+        try:
+            self._write_sources(move.source)
+        except OSError:
+            self.sources[move.source], self._chunk = known or (), known_chunk
+            raise
+
+    def keep_files_of(self, source: str, files: Sequence[FileState]) -> None:
+        """Which files a source consists of now. Raises OSError, DiskFailure."""
+        with self._mutex:
+            if self.sources.get(source, ()) != tuple(files):
+                flush_to_disk(self._file, self.path)
+                self.sources[source], self._chunk = tuple(files), None
+                self._write_sources(source)
+
+    def adopt(self, source: str) -> None:
+        """The state of the version before this one is that of this source. Raises OSError, DiskFailure."""
+        with self._mutex:
+            self.sources[source], self._chunk = self.sources.pop(""), None
+            self._write_sources()
+
+    def _write_sources(self, changed: str | None = None) -> None:
+        for name, files in self.sources.items():
+            if name == changed or name not in self._source_texts:
+                self._source_texts[name] = f"{json.dumps(name)}: {as_json(files)}"
+        texts = ", ".join(self._source_texts[name] for name in self.sources)
+        write_state(f"{self.path}.source", f'{{"sources": {{{texts}}}, "chunk": {as_json(self._chunk)}}}')
+
+    # -- delivering: one thread at a time
+
+    def pending(self, count: int) -> list[tuple[str, bytes]]:
+        """The next lines to send with their ids, oldest first. Raises OSError, DiskFailure."""
+        with self._mutex:  # an append to a full disk may begin a new part
+            offset, end, spans = self.acknowledged, self.size, list(self.state.spans)
+        flush_to_disk(self._file, self.path)  # else a power cut could take a line whose id is in the database already
+        wanted = BATCH_BYTES
+        while b"\n" not in (data := os.pread(self._file, min(wanted, end - offset), offset)) and wanted < end - offset:
+            wanted *= 2  # a line that was put there by hand
+        spans = [*[span for span in spans if span[0] <= offset][-1:], *[span for span in spans if span[0] > offset]]
+        lines = []
+        for line in data.split(b"\n", count)[:-1]:
+            while len(spans) > 1 and offset >= spans[1][0]:
+                del spans[0]
+            lines.append((f"{spans[0][1]}{offset:012x}", line))
+            offset += len(line) + 1
+        return lines
+
+    def acknowledge(self, lines: Sequence[tuple[str, bytes]]) -> None:
+        """The next lines, as `pending` gave them, are stored, or noted as refused."""
+        with self._mutex:
+            self.acknowledged += sum(len(line) + 1 for _, line in lines)
+            if self._noted:
+                self._noted.difference_update(record_id for record_id, _ in lines)
+            self._keep_position(durable=time.monotonic() > self._durable_at + DURABLE_SECONDS)
+
+    def hold(self, record_id: str, line: bytes) -> None:
+        """The next line is kept apart, and those behind it go on. Raises OSError, DiskFailure."""
+        with self._mutex:
+            self.held[record_id] = line
+            self.acknowledged += len(line) + 1
+            self._keep_position(durable=True)
+
+    def release(self, record_id: str) -> None:
+        """A line that was held back is stored, or noted as refused. Raises OSError, DiskFailure."""
+        with self._mutex:
+            del self.held[record_id]
+            self._keep_position(durable=True)
+
+    def make_durable(self, at_once: bool = False) -> None:
+        """The position, if it has moved since it was durable, and some seconds ago. Raises DiskFailure."""
+        if at_once or time.monotonic() > self._durable_at + DURABLE_SECONDS:
+            with self._mutex:
+                if self.acknowledged != self._durable:
+                    self._keep_position(durable=True)
+
+    def _keep_position(self, durable: bool) -> None:
+        """What is held back is in .journal before a position beside it is past that: else it would be lost."""
+        self._flush_notes()
+        self._update_state()
+        if durable or self._durable_held != self.state.held:
+            try:
+                self._save()
+            except OSError:  # a full disk: more is sent again, and stored once all the same
+                return
+        position = {"identity": self.state.spans[-1][1], "acknowledged": self.acknowledged}
+        with suppress(OSError):  # stale is safe
+            write_state(f"{self.path}.position", as_json(position), durable=False)
+
+    def _update_state(self) -> None:
+        """`state`, as it is now; `head` is what the delivered bytes begin with."""
+        head = self.state.head
+        if len(head) < KNOWN_BYTES:
+            head = os.pread(self._file, min(KNOWN_BYTES, self.acknowledged), 0).decode("latin-1")
+        held = tuple((record_id, line.decode("latin-1")) for record_id, line in self.held.items())
+        self.state = replace(self.state, acknowledged=self.acknowledged, held=held, head=head)
+
+    def reject(self, record_id: str, line: bytes, reason: str) -> None:
+        """Notes a refused line, once. Raises OSError; on disk it is before the position moves past it."""
+        if self._rejected < 0:
+            self._open_rejected()
+        if record_id in self._noted:
+            return
+        note = json.dumps({"id": record_id, "reason": reason, "log": line.decode(errors="backslashreplace")})
+        append_whole(self._rejected, note.encode() + b"\n")
+        self._noted.add(record_id)
+        self._unflushed_notes = True
+
+    def _open_rejected(self) -> None:
+        """What may be refused again is noted among the last ones, if at all."""
+        path = f"{self.path}.rejected"
+        self._rejected = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        flush_folder(path)
+        tail = read_tail(self._rejected, path)
+        self._noted |= {name.decode() for name in re.findall(rb'^{"id": "([0-9a-f-]{36})"', tail, re.MULTILINE)}
+
+    def _flush_notes(self) -> None:
+        if self._unflushed_notes:
+            flush_to_disk(self._rejected, f"{self.path}.rejected")
+            self._unflushed_notes = False
+
+    def _save(self) -> None:
+        """Writes .journal, durably. Raises OSError, DiskFailure."""
+        write_state(f"{self.path}.journal", as_json(self.state))
+        self._saved, self._durable_held = True, self.state.held
+        self._durable, self._durable_at = self.state.acknowledged, time.monotonic()
+
+    # -- rotation
+
+    def rotate_if_due(self) -> None:
+        """Begins a new LOG_FILE, or .rejected, when the old one is large enough; LOG_FILE when all is delivered."""
+        if not self._rotate_bytes:
+            return
+        try:
+            with self._mutex:
+                if self.size >= self._rotate_bytes and self.acknowledged == self.size:
+                    self._rotate()
+            if self._rejected >= 0 and os.fstat(self._rejected).st_size >= self._rotate_bytes:
+                self._rotate_rejected()
+        except OSError as error:
+            if not self._said:
+                log.warning("%s cannot be rotated: %s; going on with it", self.path, error)
+            self._said = True
+
+    def _rotate(self) -> None:
+        """The mutex is held, and all of it is delivered. At any moment LOG_FILE is a file that this process has locked.
+
+        First that all is delivered becomes durable: from then on a LOG_FILE that is shorter has nothing that is due.
+        """
+        self._update_state()
+        self._save()
+        file = os.open(f"{self.path}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self.path}.part")
+            os.link(self.path, f"{self.path}.part")  # first, as a file system may have no links
+            shift_parts(self.path, self._keep_files)
+            if self._keep_files:
+                os.replace(f"{self.path}.part", f"{self.path}.1")
+            else:
+                os.unlink(f"{self.path}.part")
+            os.replace(f"{self.path}.new", self.path)
+        except OSError:
+            os.close(file)
+            raise
+        os.close(self._file)
+        self._file = file
+        self._begin_part()
+        flush_folder(self.path)
+        self._save()
+        log.info("%s begins anew; the delivered one has become %s.1", self.path, self.path)
+
+    def _begin_part(self) -> None:
+        """In memory, and before the next line on disk: the new file's lines have an identity of their own."""
+        floor, self.size, self.acknowledged, self._saved = self.size, 0, 0, False
+        self.state = JournalState(self.state.part + 1, ((0, new_identity()),), held=self.state.held, floor=floor)
+
+    def _rotate_rejected(self) -> None:
+        """First that the noted lines are done with becomes durable: the new file does not have their ids."""
+        path = f"{self.path}.rejected"
+        with self._mutex:
+            self._flush_notes()
+            self._update_state()
+            self._save()
+        shift_parts(path, self._keep_files)
+        if self._keep_files:
+            os.replace(path, f"{path}.1")
+        else:
+            os.unlink(path)
+        os.close(self._rejected)
+        self._rejected = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        flush_folder(path)
+
+    def _make_room(self) -> bool:
+        """On a full disk delivered lines give way: old parts, the oldest first; then this one. False: none."""
+        parts = [(number, path) for path in (self.path, f"{self.path}.rejected") for number in part_numbers(path)]
+        if parts:
+            number, path = max(parts)
+            log.warning("the disk is full: removing %s.%d, which is delivered", path, number)
+            os.unlink(f"{path}.{number}")
+            return True
+        if self.acknowledged < self.size or self.size < MARK_BYTES or not self._rotate_bytes:
+            return False
+        self._update_state()
+        self._save()  # as in a rotation, and with the same effect after a crash
+        log.warning("the disk is full: emptying %s, which is delivered", self.path)
+        os.ftruncate(self._file, 0)
+        self._begin_part()
+        return True
+
+
+def new_identity() -> str:
+    """The first 24 characters of a random UUID, made a version 8 of RFC 9562; neighbouring ids keep the index dense."""
+    fresh = str(uuid.uuid4())
+    return f"{fresh[:14]}8{fresh[15:24]}"
+
+
 def append_whole(file: int, data: bytes) -> None:
     """Appends all of it, or cuts off again what was written of it. Raises OSError."""
     size = os.fstat(file).st_size
@@ -213,148 +1099,635 @@ def append_whole(file: int, data: bytes) -> None:
         raise
 
 
-def read_state(path: str) -> dict[str, int]:
-    """A small JSON object of numbers; empty if there is none or it cannot be read."""
-    with suppress(OSError, ValueError, AttributeError), open(path, encoding="utf-8") as file:
-        return {name: value for name, value in json.load(file).items() if isinstance(value, int)}
-    return {}
+def open_journal(path: str, settings: Settings | None = None) -> Journal:
+    """Raises BlockingIOError if another client has it, and what Journal raises."""
+    settings = settings or Settings()
+    if "%n" in path:
+        path, file = locked_numbered(path, settings.sources)
+    else:
+        path = os.path.realpath(path) if os.path.islink(path) else path
+        file = locked(path)
+    return Journal(path, file, settings.rotate_bytes, settings.keep_files)
 
 
-def write_state(path: str, state: Mapping[str, Any], durable: bool = True) -> None:
-    """Replaces a small JSON object as a whole. Raises OSError."""
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump(state, file)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    os.replace(f"{path}.new", path)
+def locked(path: str) -> int:
+    """The open file, whose lock nobody else has while we live. Raises BlockingIOError."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass  # rotated away, as below
+        except BlockingIOError:
+            os.close(file)
+            raise
+        os.close(file)  # its client rotated it between our two steps, and has the lock of the new one
 
 
-# ---- Where lines come from ------------------------------------------------------------------------------------------
+def locked_numbered(path: str, sources: Sequence[str]) -> tuple[str, int]:
+    """The first of %n = 1, 2, 3... that no other client has, and that has no state of other sources.
 
-METHODS = ("GET", "GET", "GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
-STATUS_CODES = (200, 200, 200, 201, 204, 301, 304, 400, 401, 403, 404, 500, 503)
+    A journal that has state of these sources is the only one that may follow them. Raises BlockingIOError, Spoilt.
+    """
 
-# Common and combined log format of Apache and nginx: host ident user [time] "METHOD URI PROTOCOL" status size ...
-ACCESS_LOG = re.compile(rb'(\S+) \S+ .*?\[[^\]]*\] "([^\s"]+) (\S+)(?: [^\s"]*)?" ([0-9]{3})(?: .*)?')
+    def belongs(name: str) -> list[bool]:
+        """For each source that it has state of, whether it is one of ours."""
+        known = read_source_state(f"{name}.source").sources
+        return [any(covers(source, one) for source in sources) for one in known]
+
+    names = (path.replace("%n", str(number)) for number in itertools.count(1))
+    for name in itertools.takewhile(os.path.exists, names):
+        if any(belongs(name)):
+            return name, locked(name)
+    for number in itertools.count(1):
+        name = path.replace("%n", str(number))
+        with suppress(BlockingIOError):
+            file = locked(name)
+            if not belongs(name):
+                return name, file
+            os.close(file)
+    raise AssertionError("there is always one more number")
 
 
-def generate_line() -> bytes:
-    ip = ".".join(str(random.randint(1, 254)) for _ in range(4))
-    path = "/".join(f"{random.randrange(16**4):04x}" for _ in range(random.randint(1, 3)))
-    return f"{ip} {random.choice(METHODS)} https://domain.com/{path} {random.choice(STATUS_CODES)}".encode()
+# ---- Sources --------------------------------------------------------------------------------------------------------
+
+NUMBERED = r"[._-](?:[0-9][0-9A-Za-z:.+_-]*|old)"  # what a rotation puts behind a name
+DATED = r"[._-](?:19|20)[0-9]{2}-?[01][0-9][0-9A-Za-z:.+_-]*"  # or before its ending
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip")  # the first of them can be read
 
 
-def journal_line(line: bytes) -> bytes:
-    """A source line as it goes into the journal: four fields if it is in a known log format, else as it is."""
-    line = line.strip(b" \t\r\n")
-    found = ACCESS_LOG.fullmatch(line)
-    return b" ".join(found.groups()) if found else line
+@dataclass(frozen=True)
+class Move:
+    """Bytes of a followed file that become lines of the journal."""
+
+    source: str
+    index: int  # of the file among those of its source
+    after: FileState  # without their mark
+    crc: int  # of the file's bytes from the state's base on
 
 
-def whole_lines(data: bytes, ended: bool) -> tuple[list[bytes], int]:
-    """The lines that a chunk of a source begins with, and how many bytes of it they are."""
-    end = data.rfind(b"\n") + 1 or (len(data) if ended or len(data) == CHUNK_BYTES else 0)
-    return [line for line in map(journal_line, data[:end].split(b"\n")) if line], end
+class Read(NamedTuple):
+    """What came of a file: its lines, and the bytes that they are; of more than a chunk only how many."""
+
+    lines: list[bytes]
+    length: int
+    data: bytes = b""
+
+
+class OpenFile:
+    """A file of a source, open at the place up to which it was read."""
+
+    def __init__(self, file: int, state: FileState, final: bool = False) -> None:
+        self.file = file
+        self.state = state
+        self.final = final  # a decompressed copy: nothing is appended to it
+        self.quiet_since = float("inf")  # seen with a newer file in its place, and with nothing new
+        self._scanned = 0  # bytes behind the offset that are part of an overlong line, or NULs
+        self._zeros = False
+
+    def read(self, parser: Parser) -> Read | None:
+        """The next chunk of whole lines; None if there is nothing new. Raises OSError."""
+        quiet = time.monotonic() - self.quiet_since
+        ended = self.final or quiet > UNTERMINATED_SECONDS
+        if self._scanned:
+            return self._scan(parser, ended)
+        data = os.pread(self.file, CHUNK_BYTES, self.state.offset)
+        end = data.rfind(b"\n") + 1
+        if not end and ended and len(data) < CHUNK_BYTES:
+            end = len(data)
+        if end:
+            return Read(parser.lines(data[:end]), end, data[:end])
+        zeros = len(data) - len(data.lstrip(b"\0"))
+        if 0 < zeros < len(data):
+            parser.skipped(zeros)
+            return Read([], zeros, data[:zeros])
+        if len(data) < CHUNK_BYTES:
+            return None
+        self._scanned, self._zeros = len(data), zeros > 0
+        return Read([], 0)
+
+    def _scan(self, parser: Parser, ended: bool) -> Read | None:
+        """Goes on in a line that is longer than a chunk, or in NULs, which may yet become something else."""
+        start = self.state.offset
+        first = os.pread(self.file, OVERLONG_BYTES, start)
+        if self._zeros and not first.startswith(b"\0"):
+            self._scanned = 0
+            return Read([], 0)
+        data = os.pread(self.file, CHUNK_BYTES, start + self._scanned)
+        end = len(data) - len(data.lstrip(b"\0")) if self._zeros else data.find(b"\n") + 1
+        over = end < len(data) if self._zeros else end > 0
+        if over or (ended and not data):
+            length, self._scanned = self._scanned + end, 0
+            if self._zeros:
+                parser.skipped(length)
+            return Read([] if self._zeros else [overlong(first, length)], length)
+        self._scanned += len(data)
+        return Read([], 0) if data else None
+
+    def after(self, got: Read, modified: int) -> tuple[FileState, int]:
+        """Its state behind what was read, without the mark, and the checksum for that. Raises OSError."""
+        state = self.state
+        end = state.offset + got.length
+        crc = state.marks[-1].crc if state.marks else 0
+        if got.data:
+            crc = zlib.crc32(got.data, crc)
+            tail = (state.tail.encode("latin-1") + got.data)[-KNOWN_BYTES:]
+        else:
+            crc = crc_of(self.file, state.offset, end, crc) or 0
+            tail = os.pread(self.file, KNOWN_BYTES, max(0, end - KNOWN_BYTES))
+        head = (state.head + got.data[:KNOWN_BYTES].decode("latin-1"))[:KNOWN_BYTES]
+        if not got.data or len(state.head) < min(state.offset, KNOWN_BYTES):  # of the version before: not known
+            head = os.pread(self.file, min(end, KNOWN_BYTES), 0).decode("latin-1")
+        known = replace(state, head=head, tail=tail.decode("latin-1"), head_crc=0)
+        return replace(known, offset=end, modified=modified), crc
+
+
+def is_same(file: int, state: FileState) -> bool:
+    """Is this the file of which so much was read? The bytes decide: at its beginning, and before the offset."""
+    if os.fstat(file).st_size < state.offset:
+        return False
+    if state.head_crc:
+        return zlib.crc32(os.pread(file, min(KNOWN_BYTES, state.offset), 0)) == state.head_crc
+    head, tail = state.head.encode("latin-1"), state.tail.encode("latin-1")
+    same = os.pread(file, len(head), 0) == head
+    return same and os.pread(file, len(tail), state.offset - len(tail)) == tail
+
+
+def parted(file: int, state: FileState, journal: Journal, pattern: re.Pattern[bytes] | None) -> FileState:
+    """The state at the place where a file ceases to be what was read of it: after a power cut, or an edit.
+
+    By the checksums of the marks, then line by line against what the journal has of it. A file whose first line is
+    another one was truncated or replaced: its state is that of one of which nothing was read.
+    """
+    fresh = FileState(os.fstat(file).st_ino, state.path)
+    first = (state.head.encode("latin-1").partition(b"\n")[0] + b"\n")[:KNOWN_BYTES]
+    if not state.head or os.fstat(file).st_size < state.base or os.pread(file, len(first), 0) != first:
+        return fresh
+    kept, offset, crc = 0, state.base, 0
+    for mark in state.marks:
+        if (found := crc_of(file, offset, mark.offset, crc)) != mark.crc:
+            break
+        kept, offset, crc = kept + 1, mark.offset, mark.crc
+    rest = state.marks[kept:]
+    lines = itertools.chain.from_iterable(map(journal.lines_of, rest))
+    here = rest[0].journal if rest else 0
+    for raw in raw_lines(file, offset):
+        line = journal_line(raw, pattern).line
+        if line:
+            if next(lines, None) != line:
+                break
+            here += len(line) + 1
+        offset += len(raw)
+    state = replace(state.back_to(kept), offset=offset, inode=fresh.inode, head=state.head[:offset])
+    if rest and offset > (state.marks[-1].offset if kept else 0):
+        found = crc_of(file, state.base, offset) or 0
+        state = state.with_mark(Mark(offset, found, rest[0].part, rest[0].journal, here))
+    return replace(state, tail=os.pread(file, min(KNOWN_BYTES, offset), max(0, offset - KNOWN_BYTES)).decode("latin-1"))
+
+
+def raw_lines(file: int, offset: int) -> Iterator[bytes]:
+    """The whole lines of a file from there on, with their ends."""
+    while end := (data := os.pread(file, CHUNK_BYTES, offset)).rfind(b"\n") + 1:
+        yield from data[:end].splitlines(keepends=True) if b"\r" not in data else re.findall(rb"[^\n]*\n", data[:end])
+        offset += end
+
+
+def covers(source: str, path: str) -> bool:
+    """A source, or a pattern of sources, has that file."""
+    return source == path or bool(re.fullmatch(glob_expression(source), path))
+
+
+def glob_expression(pattern: str) -> str:
+    parts = {"*": "[^/]*", "?": "[^/]"}
+    return "".join(parts.get(part) or (part if part[0] == "[" and len(part) > 2 else re.escape(part))
+                   for part in re.findall(r"\[[^\]]+\]|.", pattern, re.DOTALL)).replace("[!", "[^")  # fmt: skip
+
+
+def is_rotated(name: str, base: str, dated: bool = True) -> bool:
+    """access.log.1, access.log-20260101.gz and, with its date inside, access-20260101.log are parts of access.log."""
+    stem, dot, ending = base.partition(".")
+    packed = f"(?:{'|'.join(map(re.escape, COMPRESSED))})?"
+    behind = f"{re.escape(base)}{NUMBERED}?{packed}"
+    inside = f"{re.escape(stem)}{DATED}(?:{re.escape(dot + ending)})?{packed}"
+    return name != base and bool(re.fullmatch(behind, name) or (dated and re.fullmatch(inside, name)))
+
+
+def open_regular(path: str) -> int:
+    """Raises OSError."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return file
+
+
+def open_member(path: str) -> tuple[int, bool]:
+    """A file of a source's rotation, and whether it is a decompressed copy. Raises OSError, EOFError, zlib.error."""
+    if not path.endswith(".gz"):
+        return open_regular(path), False
+    with gzip.open(path) as packed, tempfile.TemporaryFile() as unpacked:
+        shutil.copyfileobj(packed, unpacked)
+        unpacked.flush()
+        return os.dup(unpacked.fileno()), True
 
 
 class FollowedFile:
-    """SOURCE as a file: its lines, and what is appended to it, through renaming, truncating and restarts."""
+    """One path of SOURCE: the file that is there, those that were renamed from there, and whatever becomes of them.
 
-    def __init__(self, path: str, journal: Journal) -> None:
-        self._path = path
+    Files of a rotation are read in their order: a newer one when the one before has been quiet. A renamed one stays
+    open for an hour, as its writer may go on. What decides whether a file is the one that was read is its content.
+    """
+
+    def __init__(self, path: str, journal: Journal, pattern: str = "") -> None:
+        self.path = path
+        self.files: list[OpenFile] = []  # the newest last
+        self.said = ""  # why it cannot be read
         self._journal = journal
-        self._inode = journal.source.get("inode", 0)
-        self._head = journal.source.get("head", 0)  # checksum of the first bytes of what was read; 0: not known
-        self._offset = journal.source.get("offset_after", 0)
-        self._file = -1
-        self._quiet_since = float("inf")  # seen with another file at its path, and with nothing new
+        self._parser = Parser(path, pattern)
+        self._pattern = re.compile(pattern.encode()) if pattern else None
+        self._told: set[str] = set()  # files that cannot be read
+        self._syncs = True
 
     def step(self) -> bool:
-        """Moves one chunk of lines into the journal; False if there is nothing new. Raises OSError."""
-        if self._file < 0:
-            self._file, self._quiet_since = self._open(), float("inf")
-        left = self._is_left()  # before the reading: what is written until then is read
-        data = os.pread(self._file, CHUNK_BYTES, self._offset)
-        start = os.pread(self._file, HEAD_BYTES, 0) if self._offset else data[:HEAD_BYTES]
-        if not self._goes_on(self._file):  # after the reading: a truncated file may have grown past the offset by then
-            log.warning("%s was truncated or replaced; reading it from its beginning", self._path)
-            self._offset = 0
-            return True
-        ended = left and b"\n" not in data
-        lines, length = whole_lines(data, ended)
-        if length:
-            self._move(lines, self._offset + length, zlib.crc32(start[: self._offset + length]))
-        elif ended:
-            os.close(self._file)
-            self._file, self._inode, self._offset = -1, 0, 0
-        return length > 0 or ended
-
-    def _move(self, lines: Sequence[bytes], end: int, head: int) -> None:
-        inode = os.fstat(self._file).st_ino
-        heads = {"head_before": self._head, "head": head}
-        self._journal.append(lines, {"inode": inode, **heads, "offset": self._offset, "offset_after": end})
-        self._inode, self._head, self._offset, self._quiet_since = inode, head, end, float("inf")
-
-    def _open(self) -> int:
-        """The file that was followed last, also under another name; else the one at the path."""
-        folder = os.path.dirname(self._path) or "."
-        looks = (os.scandir(folder) for _ in range(2 if self._inode else 0))  # a rename may hide it from one of them
-        for entry in chain.from_iterable(looks):
-            if entry.is_file() and entry.stat().st_ino == self._inode:
-                file = os.open(entry.path, os.O_RDONLY)
-                if self._goes_on(file):
-                    return file
-                os.close(file)  # truncated, or another file that got its inode
-        return os.open(self._path, os.O_RDONLY)
-
-    def _goes_on(self, file: int) -> bool:
-        """Nothing was read yet, or it was this file, which is not shorter than that and has not begun anew."""
-        status = os.fstat(file)
-        head = zlib.crc32(os.pread(file, min(HEAD_BYTES, self._offset), 0))
-        same = status.st_ino == self._inode and status.st_size >= self._offset and self._head in (0, head)
-        return same or not self._offset
-
-    def _is_left(self) -> bool:
-        """Another file is at the path, and ours has been quiet since that was seen: its writer has let go of it."""
-        with suppress(FileNotFoundError):  # renamed, and the new one is not there yet
-            if not os.path.samefile(self._path, self._file):
+        """Moves one chunk of lines into the journal; False if there is nothing new. Raises OSError, DiskFailure."""
+        if not self.files:
+            self._open()
+        self._look_for_newer()  # before the reading: what is written until then is read
+        self._keep()  # once more, if the disk was full
+        for index, one in enumerate(self.files):
+            if self._move(index):
+                one.quiet_since = float("inf")
+                return True
+            if index < len(self.files) - 1 and not one.final:
                 now = time.monotonic()
-                self._quiet_since = min(self._quiet_since, now)
-                return now - self._quiet_since > ROTATED_SECONDS
-        self._quiet_since = float("inf")
+                one.quiet_since = min(one.quiet_since, now)
+                if now - one.quiet_since <= ROTATED_SECONDS:
+                    return False
+        self._forget_old()
         return False
 
+    def _move(self, index: int) -> bool:
+        """The file is checked after the reading: a truncated one may have grown past the offset until then.
 
-def follow(path: str, journal: Journal, stop: threading.Event) -> None:
-    """Moves the lines of a file into the journal until `stop`. A file that is not there yet is waited for."""
-    file = FollowedFile(path, journal)
+        What was read is what followed the offset if the bytes before that are the same afterwards.
+        """
+        one = self.files[index]
+        modified = os.fstat(one.file).st_mtime_ns
+        got = one.read(self._parser)
+        if got and got.length:
+            if self._syncs and not one.final:
+                self._flush(one)
+            after, crc = one.after(got, modified)
+            if not is_same(one.file, one.state):
+                self._part(index)
+            else:
+                self._journal.append(got.lines, Move(self.path, index, after, crc))
+                one.state = self._journal.sources[self.path][index]
+        elif got is None and not is_same(one.file, one.state):
+            self._part(index)
+            return True
+        return got is not None
+
+    def _flush(self, one: OpenFile) -> None:
+        """What is in the journal must not be gone from the source after a power cut. Raises DiskFailure."""
+        try:
+            os.fsync(one.file)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):
+                raise DiskFailure(f"{one.state.path} could not be flushed to disk ({error})") from error
+            self._syncs = False  # a file system that has nothing to flush
+
+    def _part(self, index: int) -> None:
+        """A file is no longer what was read of it. If a copy of that is beside it, that is read to its end first."""
+        one = self.files[index]
+        if copy := self._find(one.state, besides=os.fstat(one.file).st_ino):
+            copy.state = replace(copy.state, left_at=time.time())
+            self.files[index : index + 1] = [
+                copy,
+                OpenFile(one.file, FileState(os.fstat(one.file).st_ino, one.state.path)),
+            ]
+            log.warning("%s was truncated after it had been copied; reading on in the copy", self.path)
+        else:
+            state = parted(one.file, one.state, self._journal, self._pattern)
+            self.files[index] = OpenFile(one.file, state, one.final)
+            self._say_parted(one.state, state)
+        self._keep()
+
+    def _say_parted(self, before: FileState, after: FileState) -> None:
+        if after.offset:
+            log.warning("%s is not what was read of it beyond byte %d of %d; reading on there",
+                        self.path, after.offset, before.offset)  # fmt: skip
+        else:
+            log.warning("%s was truncated or replaced; reading it from its beginning", self.path)
+
+    def _keep(self) -> None:
+        self._journal.keep_files_of(self.path, [one.state for one in self.files])
+
+    # -- which files there are
+
+    def _open(self) -> None:
+        """Those that were followed last, under whatever name, else the one at the path."""
+        known = self._journal.sources.get(self.path, ())
+        found = [self._find(state) for state in known]
+        files = [one for one in found if one]
+        try:
+            if known and not found[-1]:
+                files += self._changed(known[-1])
+            elif not known:
+                files = [self._open_at_path()]
+        except OSError:
+            for one in files:
+                os.close(one.file)
+            raise
+        self.files = files
+        self._keep()
+
+    def _open_at_path(self) -> OpenFile:
+        file = open_regular(self.path)
+        status = os.fstat(file)
+        return OpenFile(file, FileState(status.st_ino, os.path.realpath(self.path), modified=status.st_mtime_ns))
+
+    def _changed(self, state: FileState) -> list[OpenFile]:
+        """The newest file is not there as it was: what is at the path goes on from where they part."""
+        at_path = self._open_at_path()
+        parting = parted(at_path.file, state, self._journal, self._pattern)
+        self._say_parted(state, parting)
+        if parting.offset:
+            return [OpenFile(at_path.file, replace(parting, path=at_path.state.path))]
+        between = self._newer_than(state, {at_path.state.inode}) if state.modified else []
+        return [*between, at_path]
+
+    def _find(self, state: FileState, besides: int = 0) -> OpenFile | None:
+        """The file of that state, by its inode or, copied or compressed, by its content alone."""
+        for _ in range(2):  # a rename may hide it from one look
+            for path, inode in self._candidates(state):
+                if inode == besides or (not state.offset and inode != state.inode):
+                    continue
+                if inode != state.inode and not state.head and not state.head_crc:
+                    continue
+                try:
+                    file, final = open_member(path)
+                except (OSError, EOFError, zlib.error):  # gone again, or not readable: then it is not found
+                    continue
+                if is_same(file, state):
+                    return OpenFile(file, replace(state, inode=inode, path=path), final)
+                os.close(file)
+        return None
+
+    def _candidates(self, state: FileState) -> list[tuple[str, int]]:
+        """Paths and inodes: any file of that inode first, then what may be a copy."""
+        found = []
+        for folder in self._folders(state):
+            for entry in os.scandir(folder):
+                with suppress(FileNotFoundError):
+                    inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
+                    copied = modified >= state.modified and self._is_member(entry.name, state)
+                    copied |= entry.path == os.path.realpath(self.path)
+                    ours = self._journal.owns(entry.path)  # plain lines are the same there
+                    if entry.is_file() and not ours and (inode == state.inode or copied):
+                        found.append((inode != state.inode, entry.path, inode))
+        return [(path, inode) for _, path, inode in sorted(found)]
+
+    def _is_member(self, name: str, *states: FileState) -> bool:
+        bases = {
+            os.path.basename(path)
+            for path in (self.path, os.path.realpath(self.path), *(s.path for s in states))
+            if path
+        }
+        return any(is_rotated(name, base) for base in bases)
+
+    def _look_for_newer(self) -> None:
+        """Another file is at the path: it, and those that were there between, follow the newest one."""
+        newest = self.files[-1]
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(newest.file)):
+                return
+            at_path = self._open_at_path()
+        except FileNotFoundError:  # renamed, and the new one is not there yet
+            return
+        modified = newest.state.modified or os.fstat(newest.file).st_mtime_ns
+        known = {at_path.state.inode, *(one.state.inode for one in self.files)}
+        between = self._newer_than(replace(newest.state, modified=modified), known)
+        now = time.time()
+        for one in (newest, *between):
+            one.state = replace(one.state, left_at=now)
+        self.files += [*between, at_path]
+        self._keep()
+
+    def _newer_than(self, state: FileState, known: set[int]) -> list[OpenFile]:
+        """Files of the rotation that were never the newest when we looked, in their order."""
+        found = []
+        since = state.modified + (not state.offset)  # time stamps are coarse: one that was never read is newer than all
+        for folder in self._folders(state):
+            for entry in os.scandir(folder):
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    newer = status.st_mtime_ns >= since and status.st_ino not in known
+                    if entry.is_file() and newer and self._is_member(entry.name, state):
+                        found.append((status.st_mtime_ns, entry.path, status.st_ino))
+        opened = (self._open_between(path, inode) for _, path, inode in sorted(found))
+        return [one for one in opened if one]
+
+    def _folders(self, state: FileState) -> list[str]:
+        """Where its files may be: beside the target of a link, of today's and of that time's."""
+        paths = (state.path or self.path, os.path.realpath(self.path), self.path)
+        folders = dict.fromkeys(os.path.realpath(os.path.dirname(path) or ".") for path in paths)
+        return [folder for folder in folders if os.path.isdir(folder)]
+
+    def _open_between(self, path: str, inode: int) -> OpenFile | None:
+        plain = path.removesuffix(next(filter(path.endswith, COMPRESSED), ""))
+        if plain != path and os.path.exists(plain):
+            return None
+        if not path.endswith(COMPRESSED[1:]):
+            try:
+                file, final = open_member(path)
+            except (OSError, EOFError, zlib.error) as error:
+                self._tell_unreadable(path, str(error))
+                return None
+            if not any(one.state.offset and is_same(file, one.state) for one in self.files):
+                return OpenFile(file, FileState(inode, path), final)
+            os.close(file)  # a copy of one that is read already
+            return None
+        self._tell_unreadable(path, "it is compressed")
+        return None
+
+    def _tell_unreadable(self, path: str, why: str) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            log.error("%s: %d bytes of it in %s cannot be read (%s); unpack them and deliver them with SOURCE=-",
+                      self.path, os.path.getsize(path), path, why)  # fmt: skip
+
+    def _forget_old(self) -> None:
+        """A renamed file is closed after an hour; also at once if the clock was set back, as it has been quiet."""
+        oldest = self.files[0]
+        if len(self.files) > 1 and not 0 <= time.time() - oldest.state.left_at <= WATCHED_SECONDS:
+            os.close(self.files.pop(0).file)
+            self._keep()
+
+
+class Sources:
+    """All files that SOURCE names, now and later."""
+
+    def __init__(self, settings: Settings, journal: Journal) -> None:
+        """Raises SystemExit if one of them is the journal, BlockingIOError if another client follows one of them."""
+        self._settings = settings
+        self._journal = journal
+        self._followed: dict[str, FollowedFile] = {}
+        self._claims: list[socket.socket] = []
+        self._looked_at = float("-inf")
+        for path in settings.sources:
+            if self._journal.owns(path):
+                refuse(f"SOURCE {path} is LOG_FILE {journal.path}: lines would go round in circles")
+        self.look()
+
+    def look(self) -> None:
+        """Follows files that have come. Raises BlockingIOError."""
+        if time.monotonic() < self._looked_at + GLOB_SECONDS:
+            return
+        self._looked_at = time.monotonic()
+        for source in self._settings.sources:
+            for path in self._matching(source):
+                if path not in self._followed and not self._journal.owns(path) and not self._is_followed(path):
+                    self._claims.append(claimed(path))
+                    self._adopt_old_state(path)
+                    self._followed[path] = FollowedFile(path, self._journal, self._settings.source_pattern)
+
+    def _is_followed(self, path: str) -> bool:
+        """Under another name: a link and its target would be read twice."""
+        return os.path.realpath(path) in map(os.path.realpath, self._followed)
+
+    def _matching(self, source: str) -> list[str]:
+        """Without what a rotation made of another one of them: that is read as part of that one."""
+        if not glob.has_magic(source):
+            return [source]
+        paths = [path for path in sorted(glob.glob(source)) if os.path.isfile(path) and not path.endswith(COMPRESSED)]
+        known = {*self._followed, *self._journal.sources}
+        open_inodes = {one.state.inode for followed in self._followed.values() for one in followed.files}
+        return [path for path in paths if path in known or not self._is_part(path, {*paths, *known}, open_inodes)]
+
+    def _is_part(self, path: str, paths: set[str], open_inodes: set[int]) -> bool:
+        """A rotation made it: it is open already, or has such a name, or one with a date and is older than a source."""
+        folder, name = os.path.split(path)
+        status = os.stat(path)
+        bases = {base for other in paths if (base := os.path.basename(other)) and os.path.dirname(other) == folder}
+        if status.st_ino in open_inodes or any(is_rotated(name, base, dated=False) for base in bases):
+            return True
+        older = (os.path.join(folder, base) for base in bases if is_rotated(name, base))
+        states = (state for base in older for state in self._journal.sources.get(base, ()))
+        return any(status.st_mtime_ns < state.modified for state in states)
+
+    def _adopt_old_state(self, path: str) -> None:
+        """The version before this one did not say of which source its state is: of the only one, or by inode."""
+        states = self._journal.sources.get("", ())
+        only = len(self._settings.sources) == 1 and not glob.has_magic(path)
+        if states and path not in self._journal.sources and (only or inode_of(path) == states[-1].inode):
+            self._journal.adopt(path)
+
+    def step(self) -> bool:
+        """A chunk of each; False if there is nothing new. One that cannot be read does not hold up the others."""
+        moved = False
+        for followed in list(self._followed.values()):
+            try:
+                moved |= followed.step()
+                followed.said = ""
+            except OSError as error:
+                if followed.said != str(error):
+                    log.warning("SOURCE %s: %s; waiting", followed.path, error)
+                followed.said = str(error)
+        return moved
+
+
+def inode_of(path: str) -> int:
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def claimed(path: str) -> socket.socket:
+    """No other client on this machine follows that path while we live: its lines would be stored twice.
+
+    A name in Linux's abstract namespace is freed with the process, whatever ends it, and needs no right to write
+    beside the source; a lock on the source itself could stop its writer. Raises BlockingIOError.
+    """
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    real = os.path.realpath(path)
+    if sys.platform == "linux" and os.path.isdir(os.path.dirname(real)):
+        folder = os.stat(os.path.dirname(real))
+        name = os.path.basename(real).encode(errors="surrogateescape")
+        address = b"\0log-pipeline %d %d %x " % (folder.st_dev, folder.st_ino, zlib.crc32(name)) + name[-40:]
+        try:
+            claim.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise BlockingIOError(errno.EAGAIN, "is followed by another client", path) from error
+            raise
+    return claim
+
+
+def follow(sources: Sources, journal: Journal, stop: threading.Event) -> None:
+    """Moves the lines of all sources into the journal until `stop`. A file that is not there yet is waited for."""
     while not stop.is_set():
-        if not patiently(stop, f"SOURCE {path}", file.step):
+        try:
+            sources.look()
+        except BlockingIOError as error:
+            raise Spoilt(f"SOURCE {error.filename} is followed by another client") from error
+        if journal.rests() or not sources.step():
             stop.wait(POLL_SECONDS)
 
 
-def read_stdin(journal: Journal, stop: threading.Event) -> None:
+class Cutter:
+    """Cuts a stream into whole lines."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._overlong = 0  # bytes of a line that is longer than a chunk, as far as they came
+        self._first = b""
+
+    def feed(self, data: bytes, ended: bool) -> tuple[list[bytes], bytes]:
+        """A note of a line that was too long, if one has ended, and the whole lines behind it."""
+        notes = []
+        if self._overlong:
+            end = data.find(b"\n") + 1 or len(data)
+            self._overlong += end
+            if data[:end].endswith(b"\n") or ended:
+                notes.append(overlong(self._first, self._overlong))
+                self._overlong = 0
+            data = data[end:]
+        self._rest = (self._rest + data).lstrip(b"\0") if not self._rest else self._rest + data
+        end = len(self._rest) if ended else self._rest.rfind(b"\n") + 1
+        lines, self._rest = self._rest[:end], self._rest[end:]
+        if len(self._rest) >= CHUNK_BYTES:
+            self._first, self._overlong, self._rest = self._rest[:OVERLONG_BYTES], len(self._rest), b""
+        return notes, lines
+
+
+def read_stdin(journal: Journal, pattern: str, stop: threading.Event) -> None:
     """Moves the lines of standard input into the journal until its end, or until `stop`."""
-    rest, ended = b"", False
+    cutter, parser, ended = Cutter(), Parser("standard input", pattern), False
     while not ended and not stop.is_set():
-        if select.select([0], [], [], POLL_SECONDS)[0]:
-            data = os.read(0, CHUNK_BYTES - len(rest))
-            rest, ended = rest + data, not data
-            lines, length = whole_lines(rest, ended)
-            patiently(stop, f"cannot write to {journal.path}", journal.append, lines)
-            rest = rest[length:]
+        if journal.rests():
+            stop.wait(POLL_SECONDS)
+        elif select.select([0], [], [], POLL_SECONDS)[0]:
+            data = os.read(0, CHUNK_BYTES)
+            ended = not data
+            notes, lines = cutter.feed(data, ended)
+            patiently(stop, f"cannot write to {journal.path}", journal.append, [*notes, *parser.lines(lines)])
 
 
 def generate(delay_milliseconds: int, journal: Journal, courier: Courier, stop: threading.Event) -> None:
     """Makes up lines and delivers them until `stop`."""
     while not stop.wait(random.uniform(0, delay_milliseconds / 1000)):
-        patiently(stop, f"cannot write to {journal.path}", journal.append, [generate_line()])
+        if not journal.rests():
+            patiently(stop, f"cannot write to {journal.path}", journal.append, [generate_line()])
         courier.deliver()
 
 
 def patiently(stop: threading.Event, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
-    """Does it; while the disk or the file does not let it, says so once and tries on, until `stop`."""
+    """Does it; while the disk does not let it, says so once and retries, until `stop`."""
     said = False
     while True:
         try:
@@ -364,14 +1737,43 @@ def patiently(stop: threading.Event, what: str, action: Callable[..., Any], *arg
                 log.warning("%s: %s; waiting", what, error)
             said = True
         if stop.wait(POLL_SECONDS):
-            return log.error("%s: stopped before that was over", what)
+            return log.error("%s: still failing at shutdown", what)
 
 
 # ---- Delivery -------------------------------------------------------------------------------------------------------
 
 
+class NotDelivered(Exception):
+    """All lines of a POST are kept and sent again. `kind` tells one reason of an outage from another."""
+
+    def __init__(self, kind: str, text: str, lasting: bool = False) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.lasting = lasting  # it may be about one line, for ever: a proxy's or firewall's 4xx
+
+
+class Answer(NamedTuple):
+    status: int
+    kind: str  # its media type
+    body: bytes
+    location: str
+
+
+@dataclass
+class Held:
+    """When a line that is refused on the way is tried again."""
+
+    pause: float
+    due: float
+
+
 class Courier:
-    """Sends what is in the journal, in its order. Any thread may call `deliver`; one at a time sends, for all."""
+    """Sends what is in the journal, in its order. Any thread may call `deliver`; one at a time sends, for all.
+
+    A batch that something on the way refuses again and again (a proxy's 413, a firewall's 403) is halved until it is
+    one line: that is held back and tried again with growing pauses, and those behind it go on. Only the backend's own
+    answer ends the life of a line. When line after line is refused so, with none accepted between, it is an outage.
+    """
 
     def __init__(self, settings: Settings, journal: Journal) -> None:
         url = urlsplit(settings.url)
@@ -382,10 +1784,18 @@ class Courier:
         if settings.api_token:
             self._headers["Authorization"] = f"Bearer {settings.api_token}"
         self._journal = journal
-        self._batch_size = settings.batch_size
+        self._batch_size = self._limit = settings.batch_size
         self._turn = threading.Lock()
         self._delivered = self._refused = 0
         self._down_since = self._not_before = 0.0
+        self._kinds: set[str] = set()  # reasons of this outage that were said
+        self._reasons: set[str] = set()  # of refusals that were said
+        self._refusals = 0  # in a row, on the way, of whole batches
+        self._narrow_until = 0.0  # such a refusal was seen to last: the next one is narrowed down at once
+        self._held = {record_id: Held(HELD_SECONDS[0], 0.0) for record_id in journal.held}
+        self._in_a_row: dict[str, NotDelivered] = {}  # lines held since the last one that was accepted
+        self._deadline = float("inf")
+        self._socket: socket.socket | None = None
         self._said_at = time.monotonic()
 
     def deliver_always(self) -> None:
@@ -399,76 +1809,205 @@ class Courier:
         if self._turn.locked():
             return False
         with self._turn:
-            if not self._journal.left() or time.monotonic() < self._not_before:
-                return False
-            kept = self._connection.sock is not None
             try:
-                self._send(self._journal.pending(self._batch_size))
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                self._journal.make_durable()
+                if not self._journal.left() or time.monotonic() < self._not_before:
+                    return False
+                return self._deliver_next()
+            except OSError as error:  # the journal's disk; what is sent again is stored once
                 self._connection.close()
-                if not kept or isinstance(error, ValueError):  # else it may have been closed long ago: try a new one
-                    self._put_off(error)
-            return True
+                self._put_off(NotDelivered(str(error.errno), str(error)))
+                return True
 
-    def _put_off(self, error: Exception) -> None:
-        """Whatever went wrong, on the disk too: all lines are kept and sent again, after a pause that grows."""
+    def _deliver_next(self) -> bool:
+        """Raises OSError for the journal's disk, DiskFailure."""
         now = time.monotonic()
-        if not self._down_since:
-            self._down_since = now
-            log.warning("not delivered: %s; keeping all lines and trying on", error)
+        due = next((name for name, held in self._held.items() if held.due <= now), None)
+        lines = [(due, self._journal.held[due])] if due else self._journal.pending(self._limit)
+        if not lines:
+            return False
+        kept = self._connection.sock is not None
+        try:
+            refused = self._send(lines)
+        except NotDelivered as error:
+            self._connection.close()
+            if due and error.lasting:
+                held = self._held[due]
+                held.pause = min(HELD_SECONDS[1], held.pause * 2)
+                held.due = time.monotonic() + held.pause * random.uniform(0.75, 1.0)
+            elif error.lasting:
+                self._narrow(lines, error)
+            elif not kept or error.kind != "connection":  # else it may have been closed long ago: try a new one
+                self._put_off(error)
+            return True
+        self._settle(lines, refused, due)
+        return True
+
+    # -- what went wrong
+
+    def _put_off(self, error: NotDelivered) -> None:
+        """All lines are kept and sent again, after a pause that grows. Each new reason is said."""
+        now = time.monotonic()
+        self._down_since = self._down_since or now
+        self._journal.draining = False
+        if error.kind not in self._kinds:
+            self._kinds.add(error.kind)
+            log.warning("not delivered: %s; keeping all lines and retrying", error)
         pause = min(MAX_DELAY_SECONDS, max(0.2, now - self._down_since))  # as long again as the outage has been
         self._not_before = max(now, self._not_before) + random.uniform(0.5, 1.0) * pause
 
-    def _send(self, lines: Sequence[tuple[str, bytes]]) -> None:
-        """POSTs lines and notes the outcome. Raises ValueError and what http.client and the disk raise."""
-        items = [{"id": record_id, "log": line.decode(errors="surrogateescape")} for record_id, line in lines]
-        self._connection.request("POST", self._path, json.dumps(items), self._headers)
-        response = self._connection.getresponse()
-        wish = response.headers.get("Retry-After", "")
-        self._not_before = time.monotonic() + (float(wish) if re.fullmatch("[0-9]{1,4}", wish) else 0)
-        refused = read_answer(response, len(lines))
-        if refused is None:
-            return self._send(lines[: len(lines) // 2])
+    def _narrow(self, lines: Sequence[tuple[str, bytes]], error: NotDelivered) -> None:
+        """Whatever is refused on the way: too much at once is sent in parts at once, anything else if it lasts."""
+        self._refusals += 1
+        now = time.monotonic()
+        if error.kind != "413" and self._refusals < LASTING_REFUSALS and now > self._narrow_until:
+            return self._put_off(error)
+        self._narrow_until = now + HELD_SECONDS[1]
+        if len(lines) > 1:
+            self._limit = len(lines) // 2
+            return None
+        record_id, line = lines[0]
+        if sum(map(len, self._journal.held.values())) + len(line) > HELD_BYTES:
+            return self._put_off(error)
+        self._journal.hold(record_id, line)
+        self._held[record_id] = Held(HELD_SECONDS[0], now + HELD_SECONDS[0])
+        self._in_a_row[record_id] = error
+        if len(self._in_a_row) > HELD_IN_A_ROW:
+            self._put_off(error)
+
+    def _name_held(self) -> None:
+        """A line was accepted, so those that were held before it are refused for what they are."""
+        for record_id, error in list(self._in_a_row.items())[:10]:
+            log.error("the line at byte %d of the journal (id %s) is refused on the way: %s; holding it back",
+                      int(record_id[24:], 16), record_id, error)  # fmt: skip
+        if len(self._in_a_row) > 10:
+            log.error("and %d lines more", len(self._in_a_row) - 10)
+        for record_id in self._in_a_row if len(self._in_a_row) > HELD_IN_A_ROW else ():  # it was an outage
+            self._held[record_id].due = 0.0
+        self._in_a_row.clear()
+
+    # -- what went right
+
+    def _settle(
+        self, lines: Sequence[tuple[str, bytes]], refused: Sequence[Mapping[str, Any]], held: str | None
+    ) -> None:
+        """The backend has answered for each of these lines. Raises OSError, DiskFailure."""
         for item in refused:
             record_id, line = lines[item["index"]]
             self._journal.reject(record_id, line, str(item["reason"]))
+            self._say_refused(record_id, str(item["reason"]))
         self._delivered += len(lines) - len(refused)
         self._refused += len(refused)
         if self._down_since:
             log.info("delivering again after %.1f s", time.monotonic() - self._down_since)
-            self._down_since = 0.0
-        self._journal.acknowledge(lines)  # last: with nothing left, the process may end and say how many these were
+        self._down_since, self._refusals = 0.0, 0
+        self._kinds.clear()
+        self._journal.draining = True
+        if held:
+            del self._held[held]
+            self._in_a_row.pop(held, None)
+            log.info("the line with the id %s, which was held back, is %s", held, "refused" if refused else "delivered")
+        else:
+            self._name_held()
+            self._limit = min(self._batch_size, self._limit * 2)
+        # last: with nothing left, the process may end and say how many these were
+        if held:
+            self._journal.release(held)
+        else:
+            self._journal.acknowledge(lines)
+        self._journal.rotate_if_due()
         if time.monotonic() > self._said_at + PROGRESS_SECONDS:
             self.say("going on")
 
+    def _say_refused(self, record_id: str, reason: str) -> None:
+        """Each new reason when it comes; not each line that has it. What is quoted in it may differ for each line."""
+        kind = re.sub(r"'[^']*'|\"[^\"]*\"|[0-9]+", "", reason)
+        if kind not in self._reasons and len(self._reasons) < 100:
+            self._reasons.add(kind)
+            log.error("the backend refuses the line at byte %d of the journal: %.300s; such lines are in %s.rejected",
+                      int(record_id[24:], 16), reason, self._journal.path)  # fmt: skip
+
     def say(self, what: str) -> None:
         self._said_at = time.monotonic()
-        log.info("%s; %d lines delivered, %d refused, %d bytes left in the journal %s",
-                 what, self._delivered, self._refused, self._journal.left(), self._journal.path)  # fmt: skip
+        held = f", {len(self._held)} held back" if self._held else ""
+        log.info("%s; %d lines delivered, %d refused%s, %d bytes left in the journal %s",
+                 what, self._delivered, self._refused, held, self._journal.left(), self._journal.path)  # fmt: skip
+
+    # -- HTTP
+
+    def _send(self, lines: Sequence[tuple[str, bytes]]) -> list[dict[str, Any]]:
+        """POSTs lines; those that the backend refuses for good. Raises NotDelivered."""
+        quoted = json.encoder.encode_basestring_ascii  # json.dumps of dictionaries takes three times as long
+        items = [f'{{"id":"{name}","log":{quoted(line.decode(errors="surrogateescape"))}}}' for name, line in lines]
+        body = f"[{','.join(items)}]"
+        self._deadline = time.monotonic() + ANSWER_SECONDS
+        try:
+            self._connection.request("POST", self._path, body, self._headers)
+            self._socket = self._connection.sock  # which the connection forgets if the answer ends with it
+            response = self._connection.getresponse()
+            text = response.read(ANSWER_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            lost = isinstance(error, (ConnectionResetError, BrokenPipeError, http.client.HTTPException))
+            kind = "connection" if lost else str(getattr(error, "errno", "")) + type(error).__name__
+            raise NotDelivered(kind, str(error) or type(error).__name__) from error
+        finally:
+            self._deadline = float("inf")
+        if response.will_close:
+            self._connection.close()
+        self._not_before = time.monotonic() + wish_of(response.headers.get("Retry-After", ""))
+        if len(text) > ANSWER_BYTES:
+            raise NotDelivered("endless", f"answer {response.status} is longer than {ANSWER_BYTES} bytes")
+        kind = response.headers.get_content_type()
+        return read_answer(Answer(response.status, kind, text, response.headers.get("Location", "")), len(lines))
+
+    def look_at_the_time(self) -> None:
+        """An answer that takes too long, a byte at a time perhaps, is cut off: whoever reads it gets an error."""
+        if time.monotonic() > self._deadline and self._socket is not None:
+            self._deadline = float("inf")
+            with suppress(OSError):  # closed meanwhile
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
-def read_answer(response: http.client.HTTPResponse, count: int) -> list[dict[str, Any]] | None:
-    """Which of so many lines are refused for good; None: all as a whole are, to be sent in parts to find out which.
+def wish_of(retry_after: str) -> float:
+    """Seconds to wait, from a Retry-After in either form (RFC 9110, 10.2.3); 0 for anything else."""
+    if re.fullmatch("[0-9]{1,9}", retry_after):
+        return min(MAX_WISH_SECONDS, float(retry_after))
+    try:
+        return min(MAX_WISH_SECONDS, max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()))
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def read_answer(answer: Answer, count: int) -> list[dict[str, Any]]:
+    """Which of so many lines are refused for good. Raises NotDelivered: all of them are to be sent again.
 
     Only an answer of the backend itself may end the life of a line: a proxy's 400, a wrong address or a wrong token
-    will be mended by somebody, and until then the lines wait. Raises ValueError.
+    will be mended by somebody, and until then the lines wait.
     """
-    body = response.read()
-    kind = response.headers.get_content_type()
-    if response.status in (200, 201) and kind == "application/json":
-        answer = json.loads(body)
-        if answer["accepted"] + answer["duplicates"] + len(answer["rejected"]) == count:
-            return list(answer["rejected"])
-    elif response.status == 413 and count > 1:  # a proxy's limit will do
-        return None
-    elif response.status in (400, 413) and kind == "application/problem+json":
-        problem = json.loads(body)
-        reason = problem["detail"]  # whatever has none is not the backend's
-        if "rejected" not in problem:
-            return None if count > 1 else [{"index": 0, "reason": reason}]
-        if len(problem["rejected"]) == count:
-            return list(problem["rejected"])
-    raise ValueError(f"answer {response.status}: {' '.join(body[:300].decode(errors='replace').split())}")
+    try:
+        refused = refused_lines(answer, count)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        refused = None
+    if refused is not None and all(isinstance(one, dict) and one.get("index") in range(count) for one in refused):
+        return refused
+    text = " ".join(answer.body[:300].decode(errors="replace").split())
+    where = f" to {answer.location[:300]!r}" if answer.location else ""
+    lasting = 400 <= answer.status < 500 and answer.status not in (401, 404, 405, 407, 408, 421, 425, 429)
+    raise NotDelivered(str(answer.status), f"answer {answer.status}{where}: {text}", lasting)
+
+
+def refused_lines(answer: Answer, count: int) -> list[dict[str, Any]] | None:
+    """None if it is not the backend that has answered for these lines. Raises ValueError, LookupError, TypeError."""
+    if answer.status in (200, 201) and answer.kind == "application/json":
+        result = json.loads(answer.body)
+        if result["accepted"] + result["duplicates"] + len(result["rejected"]) == count:
+            return list(result["rejected"])
+    elif answer.status in (400, 413) and answer.kind == "application/problem+json":
+        problem = json.loads(answer.body)
+        if "rejected" in problem:
+            return list(problem["rejected"]) if len(problem["rejected"]) == count else None
+        return [{"index": 0, "reason": problem["detail"]}] if count == 1 else None
+    return None
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -482,48 +2021,72 @@ def start(target: Callable[..., None], *arguments: Any) -> threading.Thread:
 
 def fail(failure: threading.ExceptHookArgs) -> None:
     """The end of a thread that failed is the end of all, which is as safe as kill -9."""
-    log.critical("%s failed", failure.thread and failure.thread.name, exc_info=failure.exc_value)
+    if isinstance(failure.exc_value, (Spoilt, DiskFailure)):
+        log.critical("%s", failure.exc_value)
+    else:
+        log.critical("%s failed", failure.thread and failure.thread.name, exc_info=failure.exc_value)
     os._exit(1)
 
 
-def run(settings: Settings, journal: Journal, signals: Sequence[int]) -> None:
+def run(settings: Settings, journal: Journal, sources: Sources, signals: Sequence[int]) -> None:
     """Produces and delivers until a signal came, or until standard input has ended and all of it is delivered."""
     courier, stop = Courier(settings, journal), threading.Event()
     start(courier.deliver_always)
     if settings.source == "-":
-        producers = [start(read_stdin, journal, stop)]
+        producers = [start(read_stdin, journal, settings.source_pattern, stop)]
     elif settings.source:
-        producers = [start(follow, settings.source, journal, stop)]
+        producers = [start(follow, sources, journal, stop)]
     else:
         arguments = settings.request_delay_limit, journal, courier, stop
         producers = [start(generate, *arguments) for _ in range(settings.threads_amount)]
     deadline = float("inf")
     while (any(thread.is_alive() for thread in producers) or journal.left()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
+        courier.look_at_the_time()
         if signals and not stop.is_set():
             stop.set()
             deadline = time.monotonic() + SHUTDOWN_SECONDS
+    with suppress(OSError, DiskFailure):  # more is sent again
+        journal.make_durable(at_once=True)
     courier.say("stopped")
 
 
 def main() -> int:
     settings = read_settings(os.environ)
+    if settings.source == "-" and not is_open(0):
+        refuse("SOURCE is '-', but standard input is closed")
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s client: %(message)s")
     threading.excepthook = fail
     signals: list[int] = []  # that came; not an Event: a second signal in its set() would wait for its lock for ever
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
     try:
-        journal = open_journal(settings.log_file)
-    except BlockingIOError:
-        log.error("LOG_FILE %s is in use by another client", settings.log_file)
+        journal = open_journal(settings.log_file, settings)
+        sources = Sources(settings, journal)
+    except BlockingIOError as error:
+        if error.filename:
+            log.error("SOURCE %s is followed by another client: with two journals its lines would be stored twice",
+                      error.filename)  # fmt: skip
+        else:
+            log.error("LOG_FILE %s is in use by another client", settings.log_file)
         return 1
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        log.error("LOG_FILE %s or its .journal, which names it, cannot be used: %s", settings.log_file, error)
+    except Spoilt as error:
+        log.error("%s; restore it, or move LOG_FILE away with all that is named after it, to begin anew", error)
+        return 1
+    except (OSError, DiskFailure) as error:
+        log.error("LOG_FILE %s cannot be used: %s", settings.log_file, error)
         return 1
     log.info("journal %s, delivering to %s", journal.path, settings.url)
-    run(settings, journal, signals)
+    run(settings, journal, sources, signals)
     return 0
+
+
+def is_open(file: int) -> bool:
+    try:
+        os.fstat(file)
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

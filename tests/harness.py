@@ -32,8 +32,8 @@ SERVICES = [ROOT]  # the folder that services are started from: the last of thes
 STORING_LOCK = "SELECT pg_advisory_xact_lock(7021961410472345601)"  # that of store_logs
 SERVICE_VARIABLES = re.compile(
     "^(HOST|BACKEND_PORT|WORKERS|THREADS|LEVEL|DB_.*|DATABASE_URL|BACKEND_CORS_ORIGINS|API_TOKEN|RETENTION_DAYS|URL"
-    "|THREADS_AMOUNT|REQUEST_DELAY_LIMIT|LOG_FILE|SOURCE.*|BATCH_SIZE|DIRECTORY|FILE_NAME|REQUEST_DELAY|ROTATE_BYTES"
-    "|KEEP_FILES|PG[A-Z]+)$"
+    "|THREADS_AMOUNT|REQUEST_DELAY_LIMIT|LOG_FILE|SOURCE|SOURCE_PATTERN|BATCH_SIZE|DIRECTORY|FILE_NAME|REQUEST_DELAY|ROTATE_BYTES"
+    "|KEEP_FILES|METRICS_FILE|PG[A-Z]+)$"
 )
 
 
@@ -414,10 +414,12 @@ def read_records(*files: Path) -> list[dict[str, Any]]:
 
 
 def journal_ids(journal: Path) -> dict[str, str]:
-    """The lines of a client's journal by the ids that they are sent under: the journal's own, and the byte offset."""
-    identity, offset = json.loads(Path(f"{journal}.journal").read_text())["identity"], 0
+    """The lines of a client's journal by the ids that they are sent under: the identity of the start that appended it,
+    and the byte offset. As long as it has not had so many starts that the oldest ones are forgotten."""
+    spans, offset = json.loads(Path(f"{journal}.journal").read_text())["spans"], 0
     lines = {}
     for line in journal.read_bytes().splitlines(keepends=True):
+        identity = [name for first, name in spans if first <= offset][-1]
         lines[f"{identity}{offset:012x}"] = line.decode().rstrip("\n")
         offset += len(line)
     return lines

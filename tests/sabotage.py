@@ -31,8 +31,8 @@ SABOTAGES = {
     ),
     "id-of-its-own-for-each-try": (
         "client.py",
-        'items = [{"id": record_id, ',
-        'items = [{"id": str(uuid.uuid4()), ',
+        """items = [f'{{"id":"{name}",""",
+        """items = [f'{{"id":"{uuid.uuid4()}",""",
     ),
     "lock-by-existence": (
         "background.py",
