@@ -336,6 +336,7 @@ def test_a_flood_of_line_feeds_before_a_request_holds_up_nobody(backend: Backend
         assert read_answers(connection, 1)[0][0] == 200
 
 
+@pytest.mark.slow
 def test_who_pipelines_and_does_not_read_takes_no_room_from_others(backend: Backend, twin: Backend) -> None:
     page = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: a\r\n\r\n"
     with ExitStack() as stack, neighbour(backend, twin, is_flood=True) as client:
@@ -355,6 +356,7 @@ CLOSE_AT_ONCE = b"GET /api/health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r
 # ---- Large bodies ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bodies_of_16_mb_that_stall_by_the_dozen_share_64_mb(backend: Backend, twin: Backend) -> None:
     head = request(POST, PLAIN, f"Content-Length: {16 * MIB}")
     with neighbour(backend, twin) as client, ExitStack() as stack:
@@ -387,6 +389,7 @@ def held_on_disk(pid: int) -> int:
     return size
 
 
+@pytest.mark.slow
 def test_a_crowd_of_40_bodies_of_16_mb_while_the_database_is_away_is_told_to_come_again(
     start_backend: StartBackend, twin: Backend
 ) -> None:
@@ -431,6 +434,7 @@ EXPENSIVE: dict[str, tuple[Callable[[], str], str, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", EXPENSIVE)
 def test_an_expensive_document_takes_little_memory_and_holds_up_nobody(
     backend: Backend, twin: Backend, document: str
@@ -484,6 +488,7 @@ def test_pipelined_windows_that_are_read_all_come_in_their_order(backend: Backen
     assert [body.count(b'{"id"') for _, body in answers] == list(range(3_980, 4_001))
 
 
+@pytest.mark.slow
 def test_8_exports_at_once_of_records_with_8_kb_take_little_memory(backend: Backend, twin: Backend) -> None:
     fill(backend, 60_000, 8_000)
     export = request("GET /api/data HTTP/1.1", "Accept: application/x-ndjson")
@@ -501,6 +506,7 @@ def test_8_exports_at_once_of_records_with_8_kb_take_little_memory(backend: Back
         client.stay(10)
 
 
+@pytest.mark.slow
 def test_who_reads_slowly_is_served_to_the_end_and_who_reads_nothing_is_cut_off(start_with: StartBackend) -> None:
     backend = start_with(STALL_SECONDS=2)
     fill(backend, 40_000, 400)  # more than the kernel keeps for a reader
@@ -591,6 +597,7 @@ def slowest_gives_way(backend: Backend, minute: float, count: int) -> None:
         assert backend.printed.count("cut off") == 1
 
 
+@pytest.mark.slow
 def test_while_all_places_are_taken_and_somebody_waits_the_slowest_reader_gives_way(start_with: StartBackend) -> None:
     backend = start_with(before="import os\nos.environ['THREADS'] = '8'\n", PACE_SECONDS=2)
     fill(backend, 40_000, 400)

@@ -14,6 +14,8 @@ import psycopg
 import pytest
 from harness import Postgres, past_the_guard
 
+pytestmark = pytest.mark.slow  # filling the table and building its indexes three times
+
 ROWS = 2_000_000
 EDGE = 1000  # rows at either end that have values of their own
 MAX_ROWS = 4000

@@ -14,7 +14,17 @@ from pathlib import Path
 import psycopg
 import pytest
 from fakes import FakeBackend, Reply, Request, fake_backend, post_lines, some_lines
-from harness import ROOT, Backend, Service, clean_environment, count_lines, driver, line_of, read_records
+from harness import (
+    ROOT,
+    Backend,
+    Service,
+    clean_environment,
+    count_lines,
+    driver,
+    line_of,
+    past_the_guard,
+    read_records,
+)
 from waiting import wait_until
 
 Start = Callable[..., Service]
@@ -162,6 +172,7 @@ sys.exit(background.main(["reconcile", "--yes"]))
 """
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_run_again_it_ends_in_the_same_state(
     reconcile: Reconcile, export: Callable[..., Service], shared: Path, tmp_path: Path
 ) -> None:
@@ -285,7 +296,7 @@ def test_a_failed_over_database_with_its_clock_behind_is_reconciled_too(
     exporter = exported(export, backend, shared)
     lost = read_records(shared)[30:]
     lose(backend, 30)
-    with psycopg.connect(backend.database_url) as connection:
+    with past_the_guard(backend.database_url) as connection:
         for n, record in enumerate(lost):
             values = (f"00000000-0000-8000-9000-{n:012x}", record["created"], f"/new/{n}")
             connection.execute(
