@@ -31,7 +31,7 @@ def combined_log(count: int, first: int = 0) -> tuple[str, list[str]]:
         when = f"{n % 28 + 1:02}/Nov/2026:{n % 24:02}:{n % 60:02}:00 +0000"
         request = f'"{method} {uri} HTTP/1.{n % 2}"'
         raw.append(f'{ip} - - [{when}] {request} {status} {dice.randrange(9999)} "-" "agent/{n} (a \\"b\\")"')
-        meant = uri.replace("\\\\", "%5C").replace('\\"', "%22")
+        meant = uri.replace("\\\\", "%5C").replace('\\"', "%22").replace("é", "%C3%A9")
         lines.append(f"{ip} {method} {meant} {status}")
     return "".join(f"{line}\n" for line in raw), lines
 
