@@ -263,6 +263,7 @@ def standby_of(primary: Postgres, folder: Path) -> Iterator[str]:
         server.wait(SECONDS)
 
 
+@pytest.mark.slow
 def test_a_server_in_recovery_is_never_taken_for_the_database(start_backend: StartBackend) -> None:
     with new_postgres() as primary:
         url = primary.create_logs()

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import pytest
+
 RECORDS = 3  # in the database; whoever has the turn appends the next one
 NONE = -1
 
@@ -175,6 +177,7 @@ def both_writing(world: World) -> bool:
     return all(process.step in inside for process in world.processes)
 
 
+@pytest.mark.slow
 def test_in_no_order_of_the_system_calls_a_record_is_lost_or_repeated_or_two_write() -> None:
     states, wrong = explore(True, lambda world: lost_or_repeated(world) or both_writing(world))
     print(f"{states:,} states")

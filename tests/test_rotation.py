@@ -434,6 +434,7 @@ def whole_records(shared: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
+@pytest.mark.slow
 def test_an_exporter_killed_at_any_step_of_a_rotation_leaves_what_the_next_one_goes_on_from(
     fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
 ) -> None:

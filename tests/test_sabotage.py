@@ -254,6 +254,7 @@ def test_faithful_services_pass(
         scenario(folder(tmp_path), postgres, start, start_backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_oracle_notices(
     name: str, tmp_path: Path, postgres: Postgres, start: Start, start_backend: Start, services: list[Service]
