@@ -60,7 +60,7 @@ compose-clean: .env ## Remove the containers and all that they stored
 
 .PHONY: test
 test: $(TEST_READY) test-tools ## Install what the tests need and run them all; ARGS="-k name" for some
-	@$(VENV)/bin/python -m pytest --numprocesses=4 --dist=loadfile $(ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses=5 --dist=loadfile $(ARGS)
 
 .PHONY: test-compose
 test-compose: $(TEST_READY) ## Test the containers, from the client's journal to the shared file; needs Docker

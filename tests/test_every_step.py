@@ -69,6 +69,7 @@ def killed_at(service: Service) -> str:
     return str(re.findall(r"killed at (\w+)", service.printed)[-1])
 
 
+@pytest.mark.slow
 def test_an_exporter_killed_at_any_step_leaves_what_the_next_one_goes_on_from(
     start: Start, step_program: Callable[[str, str], Path], tmp_path: Path
 ) -> None:

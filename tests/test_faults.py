@@ -370,6 +370,7 @@ while not os.path.exists(ending):
 TURN_NOTE = struct.Struct("<ddq")
 
 
+@pytest.mark.slow
 def test_in_10000_turns_of_8_contenders_that_are_killed_at_random_no_two_overlap(
     start: Start, shared: Path, tmp_path: Path
 ) -> None:
