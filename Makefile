@@ -67,7 +67,7 @@ test-compose: $(TEST_READY) ## Test the containers, from the client's journal to
 	@$(VENV)/bin/python -m pytest tests/compose $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(TEST_READY) test-tools ## Faults, attacks and backlogs that take their time: 15 minutes
+test-slow: $(TEST_READY) test-tools ## Faults, attacks and backlogs that take their time: 20 minutes
 	@$(VENV)/bin/python -m pytest -m slow tests tests/slow $(ARGS)
 
 .PHONY: chaos

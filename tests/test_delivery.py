@@ -391,6 +391,7 @@ def test_a_position_never_passes_a_line_that_is_held_back_before_that_is_on_disk
     assert {name for name, _ in again.pending(10)} | set(again.held) >= {held}
 
 
+@pytest.mark.slow
 def test_what_is_held_back_is_counted_and_the_pauses_grow(
     ship: Callable[..., Service], fake: FakeBackend, source: Path
 ) -> None:

@@ -604,6 +604,7 @@ def victim() -> Iterator[Postgres]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_postgresql_may_crash_be_killed_and_be_restarted_under_load_and_all_heals_without_a_restart_of_ours(
     start: Start, start_backend: StartBackend, victim: Postgres, journal: Path, shared: Path
 ) -> None:

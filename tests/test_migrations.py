@@ -384,6 +384,7 @@ def postgres_16() -> Iterator[str]:
         yield cluster.create_database()
 
 
+@pytest.mark.slow
 def test_postgresql_16_serves_as_well(
     postgres_16: str, start_backend: Callable[..., Backend], catalog: list[tuple[Any, ...]]
 ) -> None:
