@@ -95,9 +95,8 @@ SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary f
 
 # How work is cut up
 QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
-PART_ROWS = 4_000  # usual records in a part of an export: 0.8 MB
+PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 PART_BYTES = 1024**2  # its text may have no more: where records are longer, a part has fewer of them
-STATEMENT_ROWS = PART_ROWS // 2  # records that one statement fetches: cheapest for the server (bench/NOTES.md)
 FIRST_PART_SECONDS = 1.0  # where matches are rare, a reply begins before its first part is full
 RECEIVE_BYTES = 128 * 1024  # taken from a connection at a time, of a body
 FIRST_RECEIVE_BYTES = 16 * 1024  # the same of anything else
@@ -1123,7 +1122,7 @@ class Window:
     def __init__(self, read: Callable[..., Any], asked: Mapping[str, Any], separator: bytes) -> None:
         self._read, self._asked, self._separator = read, asked, separator
         self._parameters = {**asked, "separator": separator.decode(), "bytes": PART_BYTES}
-        self._rows = STATEMENT_ROWS
+        self._rows = PART_ROWS
         self._all_kept = asked["date_from"] <= EPOCH  # is asked for, not a certain start
         self._start: datetime = asked["date_from"]
         self.newest: datetime | None = None  # `created` of the newest record there is
@@ -1166,7 +1165,7 @@ class Window:
         self._check_kept(self._parameters["date_from"], kept_from)
         self._parameters["date_from"] = start
         if count:
-            self._rows = max(1, min(STATEMENT_ROWS, count * PART_BYTES // size))
+            self._rows = max(1, min(PART_ROWS, count * PART_BYTES // size))
         return count, text or b""
 
     def _check_kept(self, start: datetime, kept_from: datetime | None) -> None:
