@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import requests
-from harness import STORING_LOCK, Backend, Postgres, backend_with, new_postgres, past_the_guard
+from harness import STORING_LOCK, Backend, Postgres, backend_with, new_postgres, past_the_guard, standby_of
 from waiting import wait_until
 
 SECONDS = 60
@@ -232,44 +231,16 @@ def test_created_far_ahead_of_the_clock_is_said_in_the_log_and_by_readyz(start_b
 # ---- A server in recovery -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def standby_of(primary: Postgres, folder: Path) -> Iterator[str]:
-    """A hot standby that follows nobody, so it has what was there when it was made; the folder of its socket."""
-    subprocess.run(
-        [primary.programs / "pg_basebackup", "-h", primary.socket_folder, "-U", "postgres", "-D", folder, "-c", "fast"],
-        check=True,
-        capture_output=True,
-    )
-    for lock in folder.glob(".s.PGSQL*"):  # the primary's, whose socket is in its folder
-        lock.unlink()
-    (folder / "standby.signal").touch()
-    owner = Path(primary.socket_folder).stat()
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, owner.st_uid, owner.st_gid)
-    with folder.with_suffix(".log").open("wb") as log:
-        server = subprocess.Popen(
-            [primary.programs / "postgres", "-D", folder, "-k", folder, "-c", "listen_addresses="],
-            user=owner.st_uid,
-            group=owner.st_gid,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        ready = [str(primary.programs / "pg_isready"), "-q", "-h", str(folder)]
-        wait_until(lambda: subprocess.run(ready).returncode == 0, SECONDS, "the standby")
-        yield str(folder)
-    finally:
-        server.terminate()
-        server.wait(SECONDS)
-
-
 @pytest.mark.slow
 def test_a_server_in_recovery_is_never_taken_for_the_database(start_backend: StartBackend) -> None:
     with new_postgres() as primary:
         url = primary.create_logs()
         writer = start_backend(DATABASE_URL=url)
         assert post(writer, [new_item() for _ in range(10)]).status_code == 201
-        with standby_of(primary, Path(primary.socket_folder).with_name("standby")) as lagging:
+        with standby_of(primary) as standby:
+            lagging = standby.socket_folder
+            with psycopg.connect(standby.url("postgres"), autocommit=True) as connection:
+                connection.execute("SELECT pg_wal_replay_pause()")
             assert post(writer, [new_item() for _ in range(10)]).status_code == 201
             name = url.split("/")[3].split("?")[0]
             both = f"postgresql://postgres@/{name}?host={lagging},{primary.socket_folder}"
