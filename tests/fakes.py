@@ -13,11 +13,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from harness import Backend
-from waiting import POLL_SECONDS
+from harness import Backend, line_of
+from waiting import POLL_SECONDS, wait_until
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
@@ -370,3 +371,18 @@ def post_lines(backend: Backend, lines: Sequence[str]) -> None:
         request = urllib.request.Request(backend.data_url, body, {"Content-Type": "text/plain"})
         with urllib.request.urlopen(request, timeout=60) as response:
             assert json.load(response)["accepted"] == len(lines[start : start + size])
+
+
+def append(path: Path, lines: list[str]) -> None:
+    with path.open("ab") as file:
+        file.write(b"".join(line.encode() + b"\n" for line in lines))
+
+
+def stored(fake: FakeBackend) -> list[str]:
+    return [line_of(record) for record in fake.records()]
+
+
+def assert_stored(fake: FakeBackend, lines: list[str], seconds: float = 30) -> None:
+    """Just these lines, in this order."""
+    wait_until(lambda: len(fake.stored) >= len(lines), seconds, f"{len(lines)} lines")
+    assert stored(fake) == lines

@@ -18,7 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import JSON, PROBLEM, FakeBackend, Reply, Request, fake_backend, refusal, some_lines
+from fakes import (
+    JSON,
+    PROBLEM,
+    FakeBackend,
+    Reply,
+    Request,
+    append,
+    assert_stored,
+    fake_backend,
+    refusal,
+    some_lines,
+    stored,
+)
 from harness import Service, driver, kill, line_of, peak_memory_bytes
 from waiting import wait_until
 
@@ -41,20 +53,6 @@ def ship(start: Start, fake: FakeBackend, journal: Path, source: Path) -> Callab
         return start(script, **{"URL": fake.data_url, "LOG_FILE": journal, "SOURCE": source, **settings})
 
     return shipping
-
-
-def append(path: Path, lines: list[str]) -> None:
-    with path.open("ab") as file:
-        file.write(b"".join(line.encode() + b"\n" for line in lines))
-
-
-def stored(fake: FakeBackend) -> list[str]:
-    return [line_of(record) for record in fake.records()]
-
-
-def assert_stored(fake: FakeBackend, lines: list[str], seconds: float = 30) -> None:
-    wait_until(lambda: len(fake.stored) >= len(lines), seconds, f"{len(lines)} lines")
-    assert stored(fake) == lines
 
 
 def acknowledged(journal: Path) -> int:

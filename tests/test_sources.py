@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeBackend, fake_backend, some_lines
-from harness import Service, driver, kill, line_of
+from fakes import FakeBackend, append, assert_stored, fake_backend, some_lines, stored
+from harness import Service, driver, kill
 from waiting import wait_until
 
 import client
@@ -44,21 +44,6 @@ def follow(start: Start, fake: FakeBackend, journal: Path, source: Path) -> Foll
 def write(path: Path, lines: list[str]) -> Path:
     path.write_bytes(b"".join(line.encode() + b"\n" for line in lines))
     return path
-
-
-def append(path: Path, lines: list[str]) -> None:
-    with path.open("ab") as file:
-        file.write(b"".join(line.encode() + b"\n" for line in lines))
-
-
-def stored(fake: FakeBackend) -> list[str]:
-    return [line_of(record) for record in fake.records()]
-
-
-def assert_stored(fake: FakeBackend, lines: list[str], seconds: float = 30) -> None:
-    """Just these lines, in this order."""
-    wait_until(lambda: len(fake.stored) >= len(lines), seconds, f"{len(lines)} lines")
-    assert stored(fake) == lines
 
 
 def settled(journal: Path) -> None:
