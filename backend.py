@@ -949,8 +949,9 @@ def refuse_constant(name: str) -> None:
 
 
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-# A string (possessive: with nothing to go back to), or a mark that has a value behind it
-JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[,\[{]', re.DOTALL)
+# A string (possessive: with nothing to go back to), or a mark that has a value behind it. A string without an end is a
+# string too: else each quote in it would be tried as the start of another one, which takes quadratic time.
+JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
 
 
 def read_json(text: str) -> Any:
