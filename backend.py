@@ -1447,12 +1447,14 @@ def check_waitress() -> None:
 
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:(.*)$")
 # waitress's own patterns need quadratic time where these do not match: 3 KB took a second, 24 KB minutes
-FIRST_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [^ ]+(?: HTTP/[0-9]\.[0-9])?")
+FIRST_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [!-~]+(?: HTTP/[0-9]\.[0-9])?")
 BLANKS_IN_A_ROW = b" " * 128
 LINE_ENDS = re.compile(rb"(?:\r\n)*+")  # before a request (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"(0*[1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")  # without extensions, and not the last one
 CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]+[ \t]*(;[^\r\n]*)?\r\n")
-TRAILERS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n]*+\r\n)*+\r\n")
+TRAILERS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n\0]*+\r\n)*+\r\n")
+
+TOO_LARGE = f"its body has more than {MAX_BODY_BYTES} bytes; send less at a time"
 
 
 class Refusal(waitress.utilities.Error):  # type: ignore[misc]
@@ -1497,7 +1499,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     def received(self, data: bytes) -> int:
         taken: int = super().received(data)
         if self.error is None and max(self.size, self.body_bytes_received // 4) > MAX_BODY_BYTES:
-            self.refuse(Refusal(falcon.HTTP_413, f"its body has more than {MAX_BODY_BYTES} bytes; send less at a time"))
+            self.refuse(Refusal(falcon.HTTP_413, TOO_LARGE))
         if self.error is not None:
             self.expect_continue = False
         return taken
@@ -1522,6 +1524,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as error:  # a target or a length that Python's own functions do not take
             raise waitress.parser.ParsingError("Bad target or Content-Length") from error
+        if "close" in re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower()):
+            self.headers["CONNECTION"] = "close"  # waitress does not look for it in a list
         if unclear := self._what_is_unclear(header_plus):
             return self.refuse(unclear)
         if self.chunked:
@@ -1565,6 +1569,8 @@ class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
                 self.error = Refusal(falcon.HTTP_400, "a chunk's size is no number, or its line is not ended by CR LF")
                 break
             taken += super().received(piece)
+            if len(self) + self.chunk_remainder > MAX_BODY_BYTES:
+                self.error = Refusal(falcon.HTTP_413, TOO_LARGE)
             if self.completed and self.trailer and not TRAILERS.fullmatch(self.trailer):
                 self.error = Refusal(falcon.HTTP_400, "its trailers are no headers")
             if max(len(self.control_line.rstrip(b"\r")), len(self.trailer)) > CHUNK_LINE_BYTES:
@@ -1617,6 +1623,10 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
 
 class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """Answers a request that never came to the application."""
+
+    @property
+    def has_body(self) -> bool:
+        return bool(getattr(self.request, "command", "") != "HEAD")  # it has none if its head could not be read
 
     def execute(self) -> None:
         error: waitress.utilities.Error = self.request.error
