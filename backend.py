@@ -537,6 +537,15 @@ class Connection(psycopg.Connection[Any]):
             return super().wait(gen, interval, CANCEL_SECONDS)  # raises QueryCanceled; or returns, if it was over
 
 
+def check_encoding(connection: psycopg.Connection[Any]) -> None:
+    """Raises OperationalError if the database cannot store every character: good lines would be refused for good."""
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding not in ("UTF8", "SQL_ASCII", None):
+        raise psycopg.OperationalError(
+            f"the database's encoding {encoding} lacks characters that lines may have: create it with ENCODING 'UTF8'"
+        )
+
+
 class Session:
     """A session of PostgreSQL that survives the loss of its connection, as each statement is a transaction of its own.
 
@@ -591,18 +600,19 @@ class Session:
         return row
 
     def _connect(self) -> Connection:
-        """To the primary, where several hosts are named and nothing else is asked for."""
-        options = {"target_session_attrs": "primary"} | conninfo_to_dict(self._conninfo)
-        connection = Connection.connect(
-            **options,  # type: ignore[arg-type]
-            autocommit=True,
-            prepare_threshold=None,  # poolers in transaction mode know no prepared statements
-            connect_timeout=CONNECT_SECONDS,
-            keepalives_idle=KEEPALIVE_SECONDS,
-            application_name="log-pipeline",
-            client_encoding="UTF8",
-        )
+        """To the primary, where several hosts are named. What the connection string says itself goes first."""
+        options: dict[str, Any] = {
+            "target_session_attrs": "primary",
+            "connect_timeout": CONNECT_SECONDS,
+            "keepalives_idle": KEEPALIVE_SECONDS,
+            "application_name": "log-pipeline",
+            **conninfo_to_dict(self._conninfo),
+            "client_encoding": "UTF8",
+        }
+        # Poolers in transaction mode know no prepared statements
+        connection = Connection.connect(**options, autocommit=True, prepare_threshold=None)
         self._connection = connection
+        check_encoding(connection)
         connection.adapters.register_dumper(Column, ColumnDumper)
         connection.adapters.register_loader("text", RawText)
         connection.adapters.register_loader("timestamptz", Timestamp)
@@ -2261,6 +2271,14 @@ def work(settings: Settings, conninfo: str, listener: socket.socket, signals: li
 # ---- Migrations -----------------------------------------------------------------------------------------------------
 
 SERVER_PID = "SELECT pg_backend_pid()"
+# Ends the limits that a role or a database sets for others, and gives the options with which the next session has none
+# either. Older versions of PostgreSQL lack some of them.
+END_TIME_LIMITS = """
+SELECT '-c ' || name || '=' || set_config(name, '0', FALSE)
+  FROM pg_settings
+ WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout',
+                'idle_session_timeout', 'idle_in_transaction_session_timeout')
+"""
 MIGRATION_LOCK = "SELECT pg_try_advisory_lock(7021961410472345602)"
 END_KILLED_RUN = """
 SELECT count(pg_terminate_backend(pid))
@@ -2279,14 +2297,16 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
     because a session that waits for it would hold a snapshot, for which CREATE INDEX CONCURRENTLY waits in turn.
     A pooler would hand the session that holds the lock to somebody else; it is known by its made-up process id.
     """
-    with psycopg.connect(conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
+    options: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "client_encoding": "UTF8"}
+    with psycopg.connect(conninfo, autocommit=True, **options) as connection:
         if connection.execute(SERVER_PID).fetchall() != [(connection.info.backend_pid,)]:
             raise OSError("a pooler stands between here and PostgreSQL: migrate directly, at PostgreSQL's own address")
+        check_encoding(connection)
+        limits = [option for (option,) in connection.execute(END_TIME_LIMITS)]
         while connection.execute(MIGRATION_LOCK).fetchall() != [(True,)]:
             time.sleep(0.2)
         connection.execute(END_KILLED_RUN)
-        options = {**conninfo_to_dict(conninfo), "application_name": "log-pipeline-migration"}
-        backend = yoyo.get_backend("postgresql+psycopg:///?" + urlencode(options))
+        backend = connect_yoyo(conninfo, limits)
         backend.break_lock()
         with backend.lock():
             steps = yoyo.read_migrations(str(HERE / "migrations"))
@@ -2298,6 +2318,17 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
                 backend.apply_migrations(chosen)
         backend.connection.close()
         return [step.id for step in chosen]
+
+
+def connect_yoyo(conninfo: str, options: Sequence[str]) -> Any:
+    """yoyo's backend; it opens further sessions with the same parameters. Raises psycopg.Error."""
+    given = conninfo_to_dict(conninfo)
+    own = {
+        "application_name": "log-pipeline-migration",
+        "client_encoding": "UTF8",
+        "options": " ".join([str(given.get("options", "")), *options]),
+    }
+    return yoyo.get_backend("postgresql+psycopg:///?" + urlencode(given | own))
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -2317,6 +2348,12 @@ def database_of(settings: Settings) -> Iterator[str]:
         yield conninfo
 
 
+def name_of_database(conninfo: str) -> str:
+    """What libpq takes from its own environment stays unsaid."""
+    where = conninfo_to_dict(conninfo)
+    return f"{where.get('dbname') or 'the default database'} at {where.get('host') or 'the default host'}"
+
+
 def run(settings: Settings, command: str, signals: list[int]) -> None:
     """Carries out one command. Raises OSError and psycopg.Error when it cannot start."""
     check_waitress()
@@ -2327,10 +2364,7 @@ def run(settings: Settings, command: str, signals: list[int]) -> None:
         if command or settings.embedded:
             done = migrate(conninfo, back=command == "rollback")
             verb = "taken back" if command == "rollback" else "applied"
-            where = conninfo_to_dict(conninfo)
-            log.info(
-                "migrations %s in %s at %s: %s", verb, where["dbname"], where.get("host"), ", ".join(done) or "none"
-            )
+            log.info("migrations %s in %s: %s", verb, name_of_database(conninfo), ", ".join(done) or "none")
         if listener is not None:
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)

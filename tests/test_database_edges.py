@@ -147,6 +147,22 @@ def test_what_another_process_stored_is_no_first_try_of_a_session_that_was_lost(
         assert answer.json() == wanted or answer.status_code == wanted
 
 
+# ---- The connection -------------------------------------------------------------------------------------------------
+
+
+def test_what_the_connection_string_says_itself_goes_first(postgres: Postgres, start_backend: StartBackend) -> None:
+    own = "connect_timeout=3&keepalives_idle=7&application_name=mine&client_encoding=LATIN1&target_session_attrs=any"
+    url = postgres.create_logs()
+    backend = start_backend(DATABASE_URL=f"{url}&{own}")
+    assert post(backend, new_item("1.2.3.4 GET /\u65e5\u672c 200")).status_code == 201
+    assert [record["log"]["uri"] for record in backend.records()] == ["/\u65e5\u672c"]
+    with psycopg.connect(url) as connection:
+        sessions = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'mine'"
+        ).fetchone()
+    assert sessions == (2,)
+
+
 # ---- A statement that takes too long --------------------------------------------------------------------------------
 
 STORING_SESSIONS = """
