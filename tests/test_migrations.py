@@ -336,19 +336,18 @@ def test_a_database_that_does_not_exist_is_one_clear_line(postgres: Postgres) ->
     assert "no_such_database" in line
 
 
-@pytest.mark.parametrize("encoding", ["LATIN1", "EUC_JP"])
 def test_a_database_that_lacks_characters_is_refused_in_one_line(
-    postgres: Postgres, start_backend: Callable[..., Backend], encoding: str
+    postgres: Postgres, start_backend: Callable[..., Backend]
 ) -> None:
-    url = database_of_encoding(postgres, encoding)
+    url = database_of_encoding(postgres, "LATIN1")
     done = backend_command("migrate", url, check=False)
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
-    assert encoding in line
+    assert "LATIN1" in line
     assert "ENCODING 'UTF8'" in line
     backend = start_backend(DATABASE_URL=url)
     assert requests.post(backend.data_url, json={"log": "::1 GET /a 200"}, timeout=SECONDS).status_code == 503
-    backend.wait_for_line(f"storing fails: .*{encoding}.*ENCODING 'UTF8'")
+    backend.wait_for_line("storing fails: .*LATIN1.*ENCODING 'UTF8'")
 
 
 def test_a_database_without_an_encoding_keeps_every_character(
