@@ -148,7 +148,9 @@ def check_connection_url(text: str) -> str:
 
 
 Text = Annotated[str, r"[^\0]+", "any text"]
-Origins = Annotated[str, r"\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*", "* or http(s)://host[:port], by commas"]
+Origins = Annotated[
+    str, r"(?i:\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*)", "* or http(s)://host[:port], by commas"
+]
 Secret = Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"]
 ConnectionUrl = Annotated[
     str, check_connection_url, "like postgresql://user:password@host:5432/name (its value is not shown)"
@@ -297,7 +299,7 @@ MICROSECOND = timedelta(microseconds=1)
 # (day)(hours, minutes, seconds, fraction)(offset). A + that was not escaped arrives as a space.
 ISO_DATE = (
     r"([1-9][0-9]{3}-[0-9]{2}-[0-9]{2})"
-    r"(?:[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,12})?)?)([Zz]|[+ \-][0-9]{2}:?[0-5][0-9])?)?"
+    r"(?:[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,12})?)?)([Zz]|[+ \-][0-9]{2}(?::?[0-5][0-9])?)?)?"
 )
 # (seconds)(fraction): ten digits last to the year 2286; milliseconds have thirteen and are told apart
 UNIX_SECONDS = r"(-?[0-9]{1,10})(?:\.([0-9]{1,12}))?"
@@ -960,7 +962,8 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+# No number has a meaning here; int would refuse one of thousands of digits
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_int=float)
 # A string (possessive: with nothing to go back to), or a mark that has a value behind it. A string without an end is a
 # string too: else each quote in it would be tried as the start of another one, which takes quadratic time.
 JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
@@ -1363,9 +1366,9 @@ class Access:
     stored. So its Origin is checked before anything is done.
     """
 
-    def __init__(self, token: str, origins: str) -> None:
+    def __init__(self, token: str, origins: Sequence[str]) -> None:
         self._token = token.encode()
-        self._origins = re.split(r"\s*,\s*", origins) if origins else []
+        self._origins = origins
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
         response.append_header("Vary", "Origin")
@@ -1401,13 +1404,19 @@ def is_own_origin(origin: str, host: str) -> bool:
     return page[2] == ours[2] or (page[2] in usual and ours[2] in usual)
 
 
+def read_origins(setting: str) -> list[str]:
+    """Those of BACKEND_CORS_ORIGINS, as browsers write them: in lower case, without the scheme's own port."""
+    origins = re.split(r"\s*,\s*", setting.lower()) if setting else []
+    return [origin.removesuffix(":80" if origin.startswith("http:") else ":443") for origin in origins]
+
+
 def create_app(database: Database, places: Places, settings: Settings) -> falcon.App[Any, Any]:
     """The WSGI application on given parts; only Channel can serve it: a POST ends in NeedsBody or Waiting."""
     app = falcon.App(media_type=JSON)
-    if settings.backend_cors_origins:
-        origins = re.split(r"\s*,\s*", settings.backend_cors_origins)
+    origins = read_origins(settings.backend_cors_origins)
+    if origins:
         app.add_middleware(falcon.CORSMiddleware("*" if origins == ["*"] else origins, expose_headers=EXPOSED))
-    app.add_middleware(Access(settings.api_token, settings.backend_cors_origins))
+    app.add_middleware(Access(settings.api_token, origins))
     app.set_error_serializer(write_problem)
     api = Api(database, places)
     page = Files(*sorted((HERE / "static/swagger-ui").iterdir(), key=lambda file: file.name != "index.html"))
