@@ -482,7 +482,9 @@ DELETE_EXPIRED = "SELECT deleted FROM delete_expired_v1(make_interval(secs => %(
 
 NO_ANSWER = "The database does not answer; nothing was confirmed. Send the same request again."
 NO_TABLES = "The database has no tables yet, or old ones: run `make migrate`."
-TOO_SLOW = f"The database needed more than {STATEMENT_SECONDS:.0f} s for this and was stopped; nothing was confirmed."
+TOO_SLOW = (
+    f"The database was stopped at this, after {STATEMENT_SECONDS:.0f} s or by its own limit; nothing was confirmed."
+)
 TOO_SLOW_RETRY_SECONDS = 10
 
 
@@ -560,6 +562,7 @@ class Session:
         self._conninfo, self._outage = conninfo, outage
         self._connection: Connection | None = None
         self._warnings: list[str] = []  # that came with the last statement
+        self._ids_run_out = False  # this warning was passed on
         self.repeated = False  # the last statement was sent more than once
         self.begun = 0.0  # when it was sent first, by the monotonic clock
 
@@ -630,9 +633,16 @@ class Session:
             self._connection = None
 
     def _hear(self, notice: psycopg.errors.Diagnostic) -> None:
-        """Any warning with a commit means that it is less than it should be; the texts are translated."""
-        if notice.severity_nonlocalized == "WARNING":
-            self._warnings.append(str(notice.message_primary))
+        """Any warning with a commit means that it is less than it should be (the texts are translated), but for one:
+        that transaction ids are running out comes with each statement that needs one, and hurts none."""
+        if notice.severity_nonlocalized != "WARNING":
+            return
+        message = str(notice.message_primary)
+        if notice.source_function != "GetNewTransactionId":
+            self._warnings.append(message)
+        elif not self._ids_run_out:
+            self._ids_run_out = True
+            log.warning("PostgreSQL warns: %s", message)
 
 
 class Database:

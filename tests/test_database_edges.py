@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -209,6 +210,34 @@ CREATE FUNCTION too_late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EX
 CREATE CONSTRAINT TRIGGER too_late AFTER INSERT ON logs DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION too_late();
 """
+
+
+@pytest.mark.slow
+def test_while_transaction_ids_run_out_lines_are_stored_and_the_log_says_so_once(start_backend: StartBackend) -> None:
+    with new_postgres() as postgres:
+        url = postgres.create_logs()
+        postgres.stop()
+        leave_transaction_ids(postgres, 20_000_000)
+        postgres.start()
+        backend = start_backend(DATABASE_URL=url)
+        for status in (201, 201):
+            assert post(backend, new_item()).status_code == status
+        assert post(backend, [new_item(), new_item()]).json() == {"accepted": 2, "duplicates": 0, "rejected": []}
+        backend.wait_for_line("must be vacuumed within")
+        assert backend.printed.count("must be vacuumed within") == 1
+        assert "storing fails" not in backend.printed
+
+
+def leave_transaction_ids(postgres: Postgres, count: int) -> None:
+    """As many are left until the oldest one would be reused. PostgreSQL stops 3 million before that."""
+    next_id = 2**31 + 3 - count  # 3 is the first one
+    data = Path(postgres.socket_folder)
+    owner = data.stat()
+    status_file = data / "pg_xact" / f"{next_id // (32 * 8192 * 4):04X}"  # of 32 pages, 4 transactions a byte
+    status_file.write_bytes(bytes(32 * 8192))
+    os.chown(status_file, owner.st_uid, owner.st_gid)
+    command = [str(postgres.programs / "pg_resetwal"), "-x", str(next_id), "-f", str(data)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=owner.st_uid, group=owner.st_gid, cwd=data)
 
 
 # ---- The connection -------------------------------------------------------------------------------------------------
