@@ -2245,11 +2245,17 @@ def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket,
     """WORKERS processes on one listening socket; one that dies is replaced."""
     alive, parent_end = os.pipe()  # only the parent holds the writing end: workers see it closed when the parent dies
     workers: set[int] = set()
+    starting = Outage("starting a worker", "%s fails: %s; trying again", "%s works again after %.1f s")
     while not signals:
         for pid in ended(workers):
             log.error("worker %d died; starting another", pid)
         while len(workers) < settings.workers:
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:  # too many processes, or no memory: those that are there serve on
+                starting.begin(error.strerror)
+                break
+            starting.end()
             if not pid:
                 os.close(parent_end)
                 work(settings, conninfo, listener, signals, alive)
