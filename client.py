@@ -1390,9 +1390,10 @@ def parted(file: int, state: FileState, journal: Journal, parser: Parser) -> Fil
     By the checksums of the marks, then line by line against what the journal has of it. A file whose first line is
     another one was truncated or replaced: its state is that of one of which nothing was read.
     """
-    fresh = FileState(os.fstat(file).st_ino, state.path)
+    status = os.fstat(file)
+    fresh = FileState(status.st_ino, state.path, modified=status.st_mtime_ns)
     first = (state.head.encode("latin-1").partition(b"\n")[0] + b"\n")[:KNOWN_BYTES]
-    if not state.head or os.fstat(file).st_size < state.base or os.pread(file, len(first), 0) != first:
+    if not state.head or status.st_size < state.base or os.pread(file, len(first), 0) != first:
         return fresh
     kept, offset, crc = 0, state.base, 0
     for number, mark in enumerate(state.marks, 1):
@@ -1417,6 +1418,15 @@ def parted(file: int, state: FileState, journal: Journal, parser: Parser) -> Fil
         found = crc_of(file, state.base, offset) or 0
         state = state.with_mark(Mark(offset, found, rest[0].part, rest[0].journal, here, int(bool(pieces.begun))))
     return replace(state, tail=os.pread(file, min(KNOWN_BYTES, offset), max(0, offset - KNOWN_BYTES)).decode("latin-1"))
+
+
+def unread_ones(known: Sequence[FileState], found: Sequence[OpenFile | None], newest: FileState) -> FileState | None:
+    """Since when files of a rotation may have been missed: nothing was read of one, so its content does not tell it."""
+    unread = [state for state, one in zip(known[:-1], found, strict=False) if not one and not state.offset]
+    if known and not newest.offset:
+        unread.append(known[-1])
+    since = min(unread, key=lambda state: state.modified, default=None)
+    return since if since and since.modified else None
 
 
 def raw_lines(file: int, offset: int) -> Iterator[bytes]:
@@ -1563,7 +1573,7 @@ class FollowedFile:
         What was read is what followed the offset if the bytes before that are the same afterwards.
         """
         one = self.files[index]
-        modified = os.fstat(one.file).st_mtime_ns
+        modified = one.state.modified if one.final else os.fstat(one.file).st_mtime_ns
         got = one.read(self._parser)
         if got and got.length:
             if self._syncs and not one.final:
@@ -1593,10 +1603,9 @@ class FollowedFile:
         one = self.files[index]
         if copy := self._find(one.state, {other.state.inode for other in self.files}):
             copy.state = replace(copy.state, left_at=time.time())
-            self.files[index : index + 1] = [
-                copy,
-                OpenFile(one.file, FileState(os.fstat(one.file).st_ino, one.state.path)),
-            ]
+            status = os.fstat(one.file)
+            fresh = FileState(status.st_ino, one.state.path, modified=status.st_mtime_ns)
+            self.files[index : index + 1] = [copy, OpenFile(one.file, fresh)]
             log.warning("%s was truncated after it had been copied; reading on in the copy", self.path)
         else:
             state = parted(one.file, one.state, self._journal, self._parser)
@@ -1619,20 +1628,30 @@ class FollowedFile:
     def open(self) -> None:
         """Those that were followed last, under whatever name, else the one at the path. Raises OSError, DiskFailure."""
         known = self._journal.sources.get(self.path, ())
-        inodes = {state.inode for state in known}
-        found = [self._find(state, inodes - {state.inode}) for state in known]
-        files = [one for one in found if one]
+        found: list[OpenFile | None] = [None] * len(known)
+        for by_inode in (True, False):  # first, so that none takes another one's file for a copy of its own
+            for n, state in enumerate(known):
+                taken = {one.state.inode for one in found if one}
+                found[n] = found[n] or self._find(state, taken, by_inode)
+        files, between = [one for one in found if one], []
         try:
-            if known and not found[-1]:
-                files += self._changed(known[-1], files)
-            elif not known:
+            if not known:
                 files = [self._open_at_path()]
+            elif not found[-1]:
+                files.append(self._changed(known[-1]))
+            if unread := unread_ones(known, found, files[-1].state):
+                files[-1:-1] = between = self._newer_than(unread, files)
         except OSError:
             for one in files:
                 one.close()
             raise
-        for state, is_there in zip(known[:-1], found, strict=False):
-            if not is_there:
+        for state, is_there in zip(known, found, strict=True):
+            if is_there or (between and not state.offset):
+                continue
+            newest = files[-1].state
+            if state is known[-1] and (newest.offset or newest.inode == state.inode):
+                self._say_parted(state, newest)
+            else:
                 self._say_gone(state)
         self.files = files
         self._keep()
@@ -1654,23 +1673,13 @@ class FollowedFile:
                 return replace(fresh, offset=one.size, base=one.size)
         return fresh
 
-    def _changed(self, state: FileState, others: Sequence[OpenFile]) -> list[OpenFile]:
-        """The newest file is not there as it was: what is at the path goes on from where they part."""
+    def _changed(self, state: FileState) -> OpenFile:
+        """The newest file is not there as it was: what is at the path goes on from where they part. Raises OSError."""
         at_path = self._open_at_path()
-        try:
-            parting = parted(at_path.file, state, self._journal, self._parser)
-            if parting.offset:
-                self._say_parted(state, parting)
-                return [OpenFile(at_path.file, replace(parting, path=at_path.state.path))]
-            between = self._newer_than(state, [*others, at_path]) if state.modified else []
-        except OSError:
-            at_path.close()
-            raise
-        if at_path.state.inode == state.inode:
-            self._say_parted(state, parting)
-        else:
-            self._say_gone(state)
-        return [*between, at_path]
+        parting = parted(at_path.file, state, self._journal, self._parser)
+        if parting.offset:
+            at_path.state = replace(parting, path=at_path.state.path)
+        return at_path
 
     def _say_gone(self, state: FileState) -> None:
         begun = sum(length for _, _, length in state.begun)
@@ -1682,14 +1691,15 @@ class FollowedFile:
             f", and so are {begun} of them, of a line that had not ended" if begun else "",
         )
 
-    def _find(self, state: FileState, besides: set[int]) -> OpenFile | None:
+    def _find(self, state: FileState, taken: set[int], by_inode: bool = False) -> OpenFile | None:
         """The file of that state, by its inode or, copied or compressed, by its content alone."""
         head = state.head.encode("latin-1")
+        is_packed = state.path.endswith(COMPRESSED)
         for _ in range(2):  # a rename may hide it from one look
             for path, inode in self._candidates(state):
-                if inode in besides or (not state.offset and inode != state.inode):
-                    continue
-                if inode != state.inode and not state.head and not state.head_crc:
+                same = inode == state.inode and path.endswith(COMPRESSED) == is_packed  # numbers are used again
+                by_content = not by_inode and state.offset and (state.head or state.head_crc)
+                if inode in taken or not (same or by_content):
                     continue
                 try:
                     file, final = open_member(path, head)
@@ -1738,21 +1748,19 @@ class FollowedFile:
             at_path = self._open_at_path()
         except FileNotFoundError:  # renamed, and the new one is not there yet
             return
-        now, between = time.time(), []
-        status = os.fstat(at_path.file)
-        if back := [one for one in self.files if os.path.samestat(os.fstat(one.file), status)]:  # to there again
+        modified = newest.state.modified or os.fstat(newest.file).st_mtime_ns
+        try:
+            between = self._newer_than(replace(newest.state, modified=modified), [*self.files, at_path])
+        except OSError:
             at_path.close()
+            raise
+        status = os.fstat(at_path.file)
+        if back := [one for one in self.files if os.path.samestat(os.fstat(one.file), status)]:
+            at_path.close()  # renamed, or linked, to there again
             at_path = back[0]
+            at_path.state, at_path.quiet_since = replace(at_path.state, left_at=0.0), float("inf")
             self.files.remove(at_path)
-            at_path.state = replace(at_path.state, left_at=0.0)
-            at_path.quiet_since = float("inf")
-        else:
-            modified = newest.state.modified or os.fstat(newest.file).st_mtime_ns
-            try:
-                between = self._newer_than(replace(newest.state, modified=modified), [*self.files, at_path])
-            except OSError:
-                at_path.close()
-                raise
+        now = time.time()
         for one in (newest, *between):
             one.state = replace(one.state, left_at=now)
         self.files += [*between, at_path]
@@ -1769,14 +1777,17 @@ class FollowedFile:
                 newer = status.st_mtime_ns >= (since // SECOND * SECOND if packed else since)
                 unknown = status.st_ino not in inodes
                 if newer and unknown and entry.is_file() and self._is_member(entry.path, state):
-                    found.append((status.st_mtime_ns, entry.path))
+                    found.append((status.st_mtime_ns, entry.path, status.st_ino))
         read = [(one.size, one.crc) for one in self._journal.finished.get(self.path, ())]
-        read += [(one.state.offset, one.state.marks[-1].crc) for one in known if one.is_deleted and one.state.marks]
-        opened = (self._open_between(path, read) for _, path in sorted(found))
+        for one in known if any(path.endswith(".gz") for _, path, _ in found) else ():
+            if one.is_deleted:
+                size = os.fstat(one.file).st_size
+                read.append((size, crc_of(one.file, 0, size) or 0))
+        opened = (self._open_between(*one, read) for one in sorted(found))
         return [one for one in opened if one]
 
-    def _open_between(self, path: str, read: list[tuple[int, int]]) -> OpenFile | None:
-        """`read` are size and checksum of files that were read: each may have been compressed, to one, since then."""
+    def _open_between(self, modified: int, path: str, inode: int, read: list[tuple[int, int]]) -> OpenFile | None:
+        """`read` has size and checksum of files that are known: each may have become one compressed one since then."""
         plain = path.removesuffix(next(filter(path.endswith, COMPRESSED), ""))
         if plain != path and os.path.exists(plain):
             return None
@@ -1793,7 +1804,7 @@ class FollowedFile:
             read.remove(one)
             os.close(file)
             return None
-        state = FileState(os.stat(path).st_ino, path) if final else self._state_of(file, path)
+        state = FileState(inode, path, modified=modified) if final else self._state_of(file, path)
         return OpenFile(file, state, final)
 
     def _tell_unreadable(self, path: str, why: str) -> None:
@@ -1920,11 +1931,13 @@ class Sources:
             return True
         if (status.st_dev, status.st_ino) in opened or any(base in paths for base in bases_of(path)):
             return True
-        return any(
-            status.st_ino in (state.inode for state in states) or status.st_mtime_ns <= modified_at(base, states)
-            for base, states in self._journal.sources.items()
-            if DATED.search(path) and is_rotated(path, base)
-        )
+        for base in self._journal.sources if DATED.search(path) else ():
+            if is_rotated(path, base):
+                states, finished = self._journal.sources[base], self._journal.finished.get(base, ())
+                inodes = {*(one.inode for one in states), *(one.inode for one in finished)}
+                if status.st_ino in inodes or status.st_mtime_ns <= modified_at(base, states):
+                    return True
+        return False
 
     def _is_journal(self, path: str) -> bool:
         """Another client's, or beside it: lines would be stored twice."""
