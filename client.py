@@ -171,7 +171,7 @@ DOCKER = re.compile(  # as its json-file driver writes it, and nobody else
 ).match
 SYSLOG = re.compile(  # RFC 3164, also without a host, or with the time of RFC 3339; RFC 5424
     rb"(?:<[0-9]{1,3}>)?(?:[A-Z][a-z]{2} [ 0-9][0-9] [0-9:]{8}|[0-9-]{10}T[0-9:.]+(?:Z|[+-][0-9:]{5}))"
-    rb" (?:\S+ )?[^\s:]+: ?"
+    rb" (?:[A-Za-z][^\s:]*: |\S+ [^\s:]+: ?)"
     rb"|<[0-9]{1,3}>1 \S+ \S+ \S+ \S+ \S+ (?:-|(?:\[[^\]\\]*+(?:\\.[^\]\\]*+)*+\])++) (?:\xef\xbb\xbf)?"
 ).match
 WORDS = re.compile(  # a quoted string with escapes, something in brackets, or what stands between blanks
@@ -1524,8 +1524,7 @@ class FollowedFile:
                 return True
             if not self._is_over(index):
                 break
-        else:
-            self._forget_old()
+        self._forget_old()
         if unseen:
             raise unseen
         return False
@@ -1618,7 +1617,8 @@ class FollowedFile:
             log.warning("%s is not what was read of it beyond byte %d of %d; reading on there",
                         self.path, after.offset, before.offset)  # fmt: skip
         else:
-            log.warning("%s was truncated or replaced; reading it from its beginning", self.path)
+            log.warning("%s was truncated or replaced: reading it from its beginning; %d bytes of what was there were"
+                        " read; if there were more, these are lost", self.path, before.offset)  # fmt: skip
 
     def _keep(self) -> None:
         self._journal.keep_files_of(self.path, [one.state for one in self.files])
@@ -1640,7 +1640,7 @@ class FollowedFile:
             elif not found[-1]:
                 files.append(self._changed(known[-1]))
             if unread := unread_ones(known, found, files[-1].state):
-                files[-1:-1] = between = self._newer_than(unread, files)
+                files[-1:-1] = between = self._newer_than(unread, files, until=self._modified(files[-1]))
         except OSError:
             for one in files:
                 one.close()
@@ -1673,6 +1673,13 @@ class FollowedFile:
                 return replace(fresh, offset=one.size, base=one.size)
         return fresh
 
+    def _modified(self, newest: OpenFile) -> float:
+        """What is newer than this file follows it, if it was renamed; nothing does if it is still in its place."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(newest.file)):
+                return float("inf")
+        return newest.state.modified if newest.final else os.fstat(newest.file).st_mtime_ns
+
     def _changed(self, state: FileState) -> OpenFile:
         """The newest file is not there as it was: what is at the path goes on from where they part. Raises OSError."""
         at_path = self._open_at_path()
@@ -1684,7 +1691,7 @@ class FollowedFile:
     def _say_gone(self, state: FileState) -> None:
         begun = sum(length for _, _, length in state.begun)
         log.warning(
-            "%s: the file that was at %s is gone, and %d bytes of it were read; if it had more, these are lost%s",
+            "%s: the file that was at %s is gone; %d bytes of it were read; if there were more, these are lost%s",
             self.path,
             state.path or self.path,
             state.offset,
@@ -1764,9 +1771,9 @@ class FollowedFile:
         for one in (newest, *between):
             one.state = replace(one.state, left_at=now)
         self.files += [*between, at_path]
-        self._keep()
+        self._forget_old()
 
-    def _newer_than(self, state: FileState, known: Sequence[OpenFile]) -> list[OpenFile]:
+    def _newer_than(self, state: FileState, known: Sequence[OpenFile], until: float = float("inf")) -> list[OpenFile]:
         """Files of the rotation that were never the newest when we looked, in their order. Raises OSError."""
         found, inodes = [], {one.state.inode for one in known}
         since = state.modified + (not state.offset)  # time stamps are coarse: one that was never read is newer than all
@@ -1774,7 +1781,7 @@ class FollowedFile:
             with suppress(FileNotFoundError):
                 status = entry.stat()
                 packed = entry.name.endswith(COMPRESSED)
-                newer = status.st_mtime_ns >= (since // SECOND * SECOND if packed else since)
+                newer = (since // SECOND * SECOND if packed else since) <= status.st_mtime_ns <= until
                 unknown = status.st_ino not in inodes
                 if newer and unknown and entry.is_file() and self._is_member(entry.path, state):
                     found.append((status.st_mtime_ns, entry.path, status.st_ino))
@@ -1819,19 +1826,20 @@ class FollowedFile:
         Sooner if it is a decompressed copy, or if there are many: each takes a descriptor, and a deleted one its space.
         """
         now, quiet_since = time.time(), time.monotonic() - UNTERMINATED_SECONDS
-        watched = [
-            one
-            for one in self.files[:-1]
-            if 0 <= now - one.state.left_at <= WATCHED_SECONDS and not (one.final and not one.state.begun)
-        ]
-        many = watched[: max(0, len(watched) - WATCHED_FILES)]
-        stay = [one for one in watched if one not in many or one.quiet_since > quiet_since] + self.files[-1:]
-        if len(stay) < len(self.files):
-            for one in self.files:
-                if one not in stay:
-                    one.close()
-            self.files = stay
-            self._keep()
+        many = len(self.files) - 1 - WATCHED_FILES
+
+        def stays(n: int, one: OpenFile) -> bool:
+            if one.quiet_since == float("inf") or one.state.begun:
+                return True
+            watched = 0 <= now - one.state.left_at <= WATCHED_SECONDS
+            return watched and not one.final and (n >= many or one.quiet_since > quiet_since)
+
+        stay = [one for n, one in enumerate(self.files[:-1]) if stays(n, one)]
+        for one in self.files[:-1]:
+            if one not in stay:
+                one.close()
+        self.files[:-1] = stay
+        self._keep()
 
     def is_gone(self) -> bool:
         """For an hour there has been nothing at its path, and what was there is deleted and has been quiet."""
@@ -2348,12 +2356,20 @@ def read_answer(answer: Answer, count: int) -> list[dict[str, Any]]:
         refused = refused_lines(answer, count)
     except (ValueError, LookupError, TypeError, RecursionError):
         refused = None
-    if refused is not None and all(isinstance(one, dict) and one.get("index") in range(count) for one in refused):
+    if refused is not None and is_complete(refused, count):
         return refused
     text = " ".join(answer.body[:300].decode(errors="replace").split())
     where = f" to {answer.location[:300]!r}" if answer.location else ""
     lasting = 400 <= answer.status < 500 and answer.status not in (401, 404, 405, 407, 408, 421, 425, 429)
     raise NotDelivered(str(answer.status), f"answer {answer.status}{where}: {text}", lasting)
+
+
+def is_complete(refused: Sequence[Any], count: int) -> bool:
+    """Each is about a line of its own, and says why."""
+    if not all(isinstance(one, dict) and isinstance(one.get("reason"), str) for one in refused):
+        return False
+    places = [one.get("index") for one in refused]
+    return all(isinstance(place, int) and place in range(count) for place in places) and len(set(places)) == len(places)
 
 
 def refused_lines(answer: Answer, count: int) -> list[dict[str, Any]] | None:
