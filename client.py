@@ -169,6 +169,7 @@ CRI = re.compile(rb"[0-9-]{10}T[0-9:.]+(?:Z|[+-][0-9:]{5}) (stdout|stderr) ([FP]
 DOCKER = re.compile(  # as its json-file driver writes it, and nobody else
     rb'\{"log":"([^"\\]*+(?:\\.[^"\\]*+)*+)","stream":"(stdout|stderr)",(?:"attrs":\{.*\},)?"time":"[^"]*"\}'
 ).match
+WRAPPED = b"20", b'{"log":"'  # all that these two match begins so
 SYSLOG = re.compile(  # RFC 3164, also without a host, or with the time of RFC 3339; RFC 5424
     rb"(?:<[0-9]{1,3}>)?(?:[A-Z][a-z]{2} [ 0-9][0-9] [0-9:]{8}|[0-9-]{10}T[0-9:.]+(?:Z|[+-][0-9:]{5}))"
     rb" (?:[A-Za-z][^\s:]*: |\S+ [^\s:]+: ?)"
@@ -462,7 +463,7 @@ class Parser:
             if usual := self._usual(line):
                 found.append(b"%b %b %b %b" % usual.groups())
             elif line:
-                whole, length = pieces.joined(line)
+                whole, length = pieces.joined(line) if line.startswith(WRAPPED) else (line, 0)
                 if not whole:
                     continue
                 too_long = length > len(whole)
@@ -1233,6 +1234,9 @@ def locked(path: str) -> int:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError(errno.EINVAL, "not a regular file", path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file), os.stat(path)):
