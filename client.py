@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import glob
 import gzip
 import http.client
@@ -1308,6 +1309,7 @@ class OpenFile:
         self.file = file
         self.state = state
         self.final = final  # a decompressed copy: nothing is appended to it
+        self.replaces = False  # the file before it was deleted when this one came
         self.quiet_since = float("inf")  # seen with a newer file in its place, and with nothing new
         self._scanned = 0  # bytes behind the offset that are part of an overlong line, or NULs
         self._zeros = False
@@ -1424,8 +1426,8 @@ def parted(file: int, state: FileState, journal: Journal, parser: Parser) -> Fil
     return replace(state, tail=os.pread(file, min(KNOWN_BYTES, offset), max(0, offset - KNOWN_BYTES)).decode("latin-1"))
 
 
-def unread_ones(known: Sequence[FileState], found: Sequence[OpenFile | None], newest: FileState) -> FileState | None:
-    """Since when files of a rotation may have been missed: nothing was read of one, so its content does not tell it."""
+def missed_since(known: Sequence[FileState], found: Sequence[OpenFile | None], newest: FileState) -> FileState | None:
+    """The file since which others may have been missed: nothing was read of it, so its content does not tell it."""
     unread = [state for state, one in zip(known[:-1], found, strict=False) if not one and not state.offset]
     if known and not newest.offset:
         unread.append(known[-1])
@@ -1451,13 +1453,14 @@ def glob_expression(pattern: str) -> str:
                    for part in re.findall(r"\[[^\]]+\]|.", pattern, re.DOTALL)).replace("[!", "[^")  # fmt: skip
 
 
-def bases_of(path: str) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def bases_of(path: str) -> tuple[str, ...]:
     """What the file may have been called before a rotation put a number, a date or .gz behind its name."""
     folder, name = os.path.split(path)
     plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), ""))
     places = [found.start() for found in re.finditer("[._-]", plain)]
     bases = [plain[:n] for n in places if n and NUMBERED.fullmatch(plain, n)]
-    return [os.path.join(folder, base) for base in (*bases, *([plain] if plain != name else []))]
+    return tuple(os.path.join(folder, base) for base in (*bases, *([plain] if plain != name else [])))
 
 
 def is_rotated(path: str, base: str) -> bool:
@@ -1499,7 +1502,13 @@ class FollowedFile:
     """One path of SOURCE: the file that is there, those that were renamed from there, and whatever becomes of them.
 
     Files of a rotation are read in their order: a newer one when the one before has been quiet. A renamed one stays
-    open for an hour, as its writer may go on. What decides whether a file is the one that was read is its content.
+    open for an hour, as its writer may go on. What decides whether a file is the one that was read is its content:
+      * renamed: it has the inode, and at its beginning and before the offset the bytes that were read
+      * copied and truncated, or compressed: these bytes, under another inode, in a name that a rotation makes
+      * compressed when it was read already: the size and checksum of a deleted one, or one of the last that were left
+      * edited, or cut by a power cut: it begins as the one that was read; marks and journal tell where they part
+      * never seen, as there were two rotations between two looks: its name, and that it is newer than the last one
+      * gone: that is said, with what is known
     """
 
     def __init__(self, path: str, journal: Journal, pattern: str = "") -> None:
@@ -1552,7 +1561,7 @@ class FollowedFile:
     def _begin(self, one: OpenFile, following: OpenFile) -> None:
         """Before a file is read: what it shares with the one before it, which was read to its end. Raises OSError."""
         state = following.state
-        found = parted(following.file, one.state, self._journal, self._parser) if one.is_deleted else None
+        found = parted(following.file, one.state, self._journal, self._parser) if following.replaces else None
         if found and found.offset:  # an edited copy of it, as sed -i makes one
             state = replace(found, path=state.path, left_at=state.left_at)
             self._say_parted(one.state, state)
@@ -1643,8 +1652,9 @@ class FollowedFile:
                 files = [self._open_at_path()]
             elif not found[-1]:
                 files.append(self._changed(known[-1]))
-            if unread := unread_ones(known, found, files[-1].state):
-                files[-1:-1] = between = self._newer_than(unread, files, until=self._modified(files[-1]))
+            if since := missed_since(known, found, files[-1].state):
+                members = self._members_since(since, files, until=self._modified(files[-1]))
+                files[-1:-1] = between = self._opened(members, files)
         except OSError:
             for one in files:
                 one.close()
@@ -1761,10 +1771,12 @@ class FollowedFile:
             return
         modified = newest.state.modified or os.fstat(newest.file).st_mtime_ns
         try:
-            between = self._newer_than(replace(newest.state, modified=modified), [*self.files, at_path])
+            members = self._members_since(replace(newest.state, modified=modified), [*self.files, at_path])
+            between = self._opened(members, [*self.files, at_path])
         except OSError:
             at_path.close()
             raise
+        at_path.replaces = newest.is_deleted and not members  # else it may have been compressed
         status = os.fstat(at_path.file)
         if back := [one for one in self.files if os.path.samestat(os.fstat(one.file), status)]:
             at_path.close()  # renamed, or linked, to there again
@@ -1777,8 +1789,10 @@ class FollowedFile:
         self.files += [*between, at_path]
         self._forget_old()
 
-    def _newer_than(self, state: FileState, known: Sequence[OpenFile], until: float = float("inf")) -> list[OpenFile]:
-        """Files of the rotation that were never the newest when we looked, in their order. Raises OSError."""
+    def _members_since(
+        self, state: FileState, known: Sequence[OpenFile], until: float = float("inf")
+    ) -> list[tuple[int, str, int]]:
+        """Time stamps, paths and inodes of the rotation's files that are newer than this one, and not known."""
         found, inodes = [], {one.state.inode for one in known}
         since = state.modified + (not state.offset)  # time stamps are coarse: one that was never read is newer than all
         for entry in self._entries(state):
@@ -1789,12 +1803,16 @@ class FollowedFile:
                 unknown = status.st_ino not in inodes
                 if newer and unknown and entry.is_file() and self._is_member(entry.path, state):
                     found.append((status.st_mtime_ns, entry.path, status.st_ino))
+        return sorted(found)
+
+    def _opened(self, members: Sequence[tuple[int, str, int]], known: Sequence[OpenFile]) -> list[OpenFile]:
+        """Those that were never the newest when we looked, and were not read either, in their order. Raises OSError."""
         read = [(one.size, one.crc) for one in self._journal.finished.get(self.path, ())]
-        for one in known if any(path.endswith(".gz") for _, path, _ in found) else ():
+        for one in known if any(path.endswith(".gz") for _, path, _ in members) else ():
             if one.is_deleted:
                 size = os.fstat(one.file).st_size
                 read.append((size, crc_of(one.file, 0, size) or 0))
-        opened = (self._open_between(*one, read) for one in sorted(found))
+        opened = (self._open_between(*one, read) for one in members)
         return [one for one in opened if one]
 
     def _open_between(self, modified: int, path: str, inode: int, read: list[tuple[int, int]]) -> OpenFile | None:
@@ -1883,13 +1901,16 @@ class Sources:
         if time.monotonic() < self._looked_at + GLOB_SECONDS:
             return
         self._looked_at = time.monotonic()
-        paths = list(dict.fromkeys(path for source in self._settings.sources for path in self._matching(source)))
-        numbered = {path: [base for base in bases_of(path) if base in paths] for path in paths}
-        for path in sorted(paths, key=lambda path: not numbered[path]):
-            known = self._journal.sources
+        paths = {path for source in self._settings.sources for path in self._matching(source)}
+        numbered = {path: [base for base in bases_of(path) if base in paths] for path in sorted(paths)}
+        new = sorted(paths.difference(self._followed), key=lambda path: (not numbered[path], path))  # .1 first
+        followed_now = {os.path.realpath(path) for path in self._followed} if new else set()
+        for path in new:
+            real, known = os.path.realpath(path), self._journal.sources
             is_read = path not in known and any(base in known for base in numbered[path])
-            if not (path in self._followed or self._journal.owns(path) or self._is_followed(path) or is_read):
+            if not (real in followed_now or is_read or self._journal.owns(path)):  # a link and its target are one
                 self._follow(path)
+                followed_now.add(real)
         for path, followed in list(self._followed.items()):
             if path not in self._settings.sources and followed.is_gone():
                 self._journal.forget(path)
@@ -1915,10 +1936,6 @@ class Sources:
     def _leave(self, path: str) -> None:
         self._followed.pop(path).close()
         self._claims.pop(path).close()
-
-    def _is_followed(self, path: str) -> bool:
-        """Under another name: a link and its target would be read twice."""
-        return os.path.realpath(path) in map(os.path.realpath, self._followed)
 
     def _matching(self, source: str) -> list[str]:
         """Without what a rotation made of another one of them: that is read as part of that one."""

@@ -360,6 +360,19 @@ def test_what_was_rotated_before_anything_was_read_is_read_in_order(host_of: Cal
     assert host.journalled == lines
 
 
+def test_a_new_file_of_equal_lines_is_no_edited_copy_of_a_compressed_one(host_of: Callable[..., Host]) -> None:
+    """logrotate, with compress, between two looks: the old file is deleted, as sed -i would have done."""
+    host, same = host_of(), ["192.0.2.1 GET /health 200"] * 20
+    host.write(same)
+    host.settle()
+    pack(host.log.rename(host.log.with_name("access.log.1")), host.clock, "keep")
+    host.write(same[:5])
+    host.settle()
+    host.write(same)
+    host.settle()
+    assert host.journalled == same * 2 + same[:5]
+
+
 # ---- Many files -----------------------------------------------------------------------------------------------------
 
 
