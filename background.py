@@ -22,6 +22,7 @@ The way of a record:
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gzip
 import http.client
@@ -40,7 +41,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import islice, zip_longest
+from itertools import islice, pairwise, zip_longest
 from operator import lt
 from typing import Annotated, Any, NamedTuple, get_type_hints
 from urllib.parse import urlsplit
@@ -59,13 +60,14 @@ REMIND_SECONDS = 60.0  # between two lines about what a person has to mend
 PROGRESS_SECONDS = 10.0
 LINE_BYTES = 64 * 1024  # no line is longer: a record has at most 17 KiB
 LOOK_BACK_BYTES = 8 * 1024**2  # of a file's end; what was not on disk yet at a power cut is one write, half of that
-GIVE_BACK_LINES = 1000  # in one POST of reconcile; the backend takes 10,000
+GIVE_BACK_LINES = 500  # in one POST of reconcile: of 25 KB each at most; the backend takes 16 MiB
 NDJSON = "application/x-ndjson"
 JSON = "application/json"
 BEFORE_ALL = "1969-12-31T23:59:59.999999Z"  # `created` in the position of a file that nothing comes before
 EPOCH = "1970-01-01T00:00:00.000000Z"
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?Z?"
 ENDING = (signal.SIGTERM, signal.SIGINT)
+ACL = "system.posix_acl_access"  # the extended attribute that holds a file's access control list
 MOUNTS = "/proc/self/mountinfo"
 NETWORK = re.compile("nfs4?|cifs|smb3|smbfs|9p|afs|ceph|lustre|glusterfs")  # a flock may hold for one machine only
 USER_SPACE = re.compile(r"fuse(\..*)?|fuseblk|virtiofs")  # the same files by another path may not share its locks
@@ -133,6 +135,12 @@ def is_json_record(line: bytes) -> bool:
         return bool(created_of(line)) and isinstance(json.loads(line), dict)
     except ValueError:
         return False
+
+
+def shown(text: str | bytes) -> str:
+    """For a person, in one line: what cannot be printed is escaped."""
+    text = (text if isinstance(text, str) else text.decode(errors="backslashreplace")).rstrip("\n")
+    return text if text.isprintable() else ascii(text)
 
 
 def last_record(lines: bytes) -> Record:
@@ -221,23 +229,21 @@ class Source:
         self._token = settings.api_token
 
     def follow(self, last: Record | None, date_from: str = EPOCH, date_to: str = "") -> Iterator[bytes]:
-        """The records after `last`, or all from `date_from` on, for ever, in whole lines; b"" when there are none now.
+        """The records after `last`, or all from `date_from` on (from `kept_from`, if that is later), for ever, in whole
+        lines; b"" when there are none now.
 
         Each request asks from the last record on, including it, and takes what follows only if that one comes first,
         so it does not matter what becomes of the database between two requests, nor where a reply breaks off: a line
         without its line feed is not used. Raises Missing, or UNREACHABLE.
         """
-        border = (
-            ""  # where to go on if `last` was the last one that the database's retention deleted: nothing is missed
-        )
+        border = ""  # where to go on if `last` was the last one that was deleted for its age: nothing is missed then
         with contextlib.closing(self._connect()) as connection:
             while True:
                 known, awaited = last, None if border else last
                 start = border or (last.created if last else date_from)
+                window = f"date_from={start}" + (f"&date_to={date_to}" if date_to else "")
                 try:
-                    with self._get(
-                        connection, f"date_from={start}{date_to and '&date_to='}{date_to}", last
-                    ) as response:
+                    with self._get(connection, window, last) as response:
                         for lines in whole_lines(response):
                             if awaited:
                                 lines, awaited = behind(awaited, lines), None
@@ -256,19 +262,24 @@ class Source:
                         raise
                     border = missing.kept_from
                     continue
+                except Refused as error:
+                    if last or not error.kept_from:
+                        raise
+                    date_from = self.kept_from = error.kept_from
+                    continue
                 if last is known:
                     yield b""
 
-    def post(self, lines: Sequence[bytes]) -> None:
-        """Stores records under their own ids. Raises UNREACHABLE unless each is stored, or was there already."""
-        body = json.dumps([as_sent(json.loads(line)) for line in lines]).encode()
+    def post(self, items: Sequence[Mapping[str, str]]) -> None:
+        """Stores lines under their own ids. Raises UNREACHABLE unless each is stored, or was there already."""
+        body = json.dumps(items).encode()
         with contextlib.closing(self._connect()) as connection:
             connection.request("POST", self._address.path or "/", body, self._headers({"Content-Type": JSON}))
             with connection.getresponse() as response:
                 answer = refused(response) if response.status not in (200, 201) else json.load(response)
         if isinstance(answer, Refused):
             raise answer
-        if answer["rejected"] or answer["accepted"] + answer["duplicates"] != len(lines):
+        if answer["rejected"] or answer["accepted"] + answer["duplicates"] != len(items):
             raise ValueError(f"the backend did not take all records: {json.dumps(answer)[:500]}")
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -323,12 +334,6 @@ def name_of(line: bytes) -> str:
     return f"record {members.get('id', '(id unknown)')} of {members.get('created')}"
 
 
-def as_sent(record: Mapping[str, Any]) -> dict[str, str]:
-    """A record as the line that it was made from, with its id."""
-    fields = record["log"]
-    return {"id": record["id"], "log": f"{fields['ip']} {fields['method']} {fields['uri']} {fields['status_code']}"}
-
-
 def whole_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """The reply in portions, as it comes. Raises IncompleteRead at its end if it broke off."""
     rest, broken = b"", False
@@ -373,13 +378,32 @@ class Folder:
         os.close(self.descriptor)
 
     def open(self, name: str, flags: int, mode: int = 0o644) -> int:
-        return os.open(name, flags, mode, dir_fd=self.descriptor)
+        """No symbolic link is followed, as what is behind it may be in another folder, with locks of its own."""
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode, dir_fd=self.descriptor)
 
     def stat(self, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
 
+    def has(self, name: str) -> bool:
+        try:
+            self.stat(name)
+            return True
+        except FileNotFoundError:
+            return False
+
     def replace(self, old: str, new: str) -> None:
         os.replace(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def rename(self, old: str, new: str) -> None:
+        """Raises FileExistsError rather than replace a file. Where there are no hard links, one that comes to that
+        name in the very same moment is replaced."""
+        try:
+            os.link(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+            self.unlink(old)
+        except OSError:
+            if self.has(new):
+                raise
+            self.replace(old, new)
 
     def unlink(self, name: str) -> None:
         os.unlink(name, dir_fd=self.descriptor)
@@ -434,7 +458,7 @@ class Turn:
                 return folder.open(self._name, os.O_CREAT | os.O_EXCL)
             except FileExistsError:
                 try:
-                    return folder.open(self._name, os.O_NOFOLLOW | os.O_NONBLOCK)
+                    return folder.open(self._name, os.O_RDONLY)
                 except FileNotFoundError:
                     continue  # its owner has removed it meanwhile
                 except OSError as error:
@@ -454,7 +478,8 @@ class Turn:
             return True
         except BlockingIOError:
             self.blocked_by = (
-                f"another process has the folder {self._directory}, where {self._name} may have been removed under it"
+                f"another process has the folder {self._directory}, where {self._name} may have been removed under it,"
+                " or for another file"
             )
             return False
 
@@ -473,6 +498,7 @@ class Part(NamedTuple):
     status: os.stat_result
     compressed: bool
     ours: bool  # by its name; it may be a part under any other name as well
+    access: bytes  # its access control list, b"" if it has none
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -487,10 +513,12 @@ def find_parts(folder: Folder, file_name: str) -> tuple[list[Part], list[str]]:
     """The parts, the shared file among them, in the order of their first records; and the names that were passed over.
 
     Content decides: a part begins with a record, compressed by gzip or not. What belongs to another exporter, which
-    has a position of its own in this folder, is none, nor is X.gz while X is still there, nor a second link to a file.
+    has a position of its own in this folder, is none, nor is X.gz while X is still there, nor a second or symbolic link
+    to a file.
     """
-    entries = os.scandir(folder.descriptor)
-    names = {entry.name for entry in entries if entry.is_file(follow_symlinks=entry.name == file_name)}
+    entries = list(os.scandir(folder.descriptor))
+    links = {entry.name for entry in entries if entry.is_symlink() and entry.name != file_name}
+    names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False) or entry.name == file_name}
     owners = {file_name, *(name.removesuffix(".position") for name in names if name.endswith(".position"))}
     names -= {f"{owner}{companion}" for owner in owners for companion in COMPANIONS}
     ours = {name for name in names if owner_of(name, owners) == file_name}
@@ -503,8 +531,8 @@ def find_parts(folder: Folder, file_name: str) -> tuple[list[Part], list[str]]:
             looked_at[part.name] = None
         else:
             parts.setdefault(part.identity, part)
-    passed_over = {name for name in names if not looked_at.get(name)} - {file_name}
-    return sorted(parts.values(), key=lambda part: (part.first, part.name)), sorted(passed_over)
+    passed_over = {name for name in names | links if not looked_at.get(name)} - {file_name}
+    return sorted(parts.values(), key=lambda part: (part.first, part.name)), sorted(map(shown, passed_over))
 
 
 def owner_of(name: str, owners: set[str]) -> str:
@@ -516,7 +544,8 @@ def owner_of(name: str, owners: set[str]) -> str:
 def look_at(folder: Folder, name: str, ours: bool) -> Part | None:
     """None for what does not begin with a record. Of ours a power cut may have left zeros, or a half, of it."""
     try:
-        with open(folder.open(name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(name, "rb", opener=folder.open) as file:
+            access = access_list(file.fileno())
             status, compressed = os.fstat(file.fileno()), file.read(2) == b"\x1f\x8b"
             file.seek(0)
             first = (gzip.GzipFile(fileobj=file) if compressed else file).readline(LINE_BYTES)
@@ -530,14 +559,27 @@ def look_at(folder: Folder, name: str, ours: bool) -> Part | None:
     torn = ours and first and not compressed and RECORD_START.startswith(first[: len(RECORD_START)].rstrip(b"\0"))
     if not stat.S_ISREG(status.st_mode) or not (created or torn):
         return None
-    return Part(name, os.path.join(folder.path, name), created, status, compressed, ours)
+    return Part(name, shown(os.path.join(folder.path, name)), created, status, compressed, ours, access)
+
+
+def access_list(descriptor: int) -> bytes:
+    """A file's access control list; b"" if it has none, or the file system knows none."""
+    try:
+        return os.getxattr(descriptor, ACL) if hasattr(os, "getxattr") else b""
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return b""
 
 
 def lines_of(folder: Folder, part: Part) -> Iterator[bytes]:
-    """Raises Unusable for a compressed part that is broken."""
-    with open(folder.open(part.name, os.O_RDONLY), "rb") as file:
+    """Raises Unusable for a compressed part that is broken, and where another file has come to its name."""
+    with open(part.name, "rb", opener=folder.open) as file:
+        if identity(os.fstat(file.fileno())) != part.identity:
+            raise Unusable(f"{part.path} was renamed or replaced meanwhile; run this again")
         try:
-            yield from gzip.GzipFile(fileobj=file) if part.compressed else file
+            lines = gzip.GzipFile(fileobj=file) if part.compressed else file
+            yield from iter(lambda: lines.readline(LINE_BYTES), b"")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise Unusable(f"{part.path} cannot be decompressed ({error}): is it being written?") from error
 
@@ -648,7 +690,9 @@ class SharedFile:
         self._keep_files = keep_files
         self._looked_at: tuple[int, int] | None = None  # the file that a power cut left nothing in
         self._descriptor = -1
+        self._size = 0  # as we know it: nobody else may change it while it is open here
         self._first = ""  # `created` of its first record
+        self._last: Record | None = None  # what the next record has to follow on
         self._folder: Folder
 
     @contextlib.contextmanager
@@ -673,7 +717,18 @@ class SharedFile:
         try:
             self._descriptor = self._folder.open(self._name, os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
-            return self._begin(position)
+            self._last = self._begin(position)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise Unusable(f"{self.path} is a symbolic link, and not followed: put the file itself there") from error
+        else:
+            self._last = self._find_last(position)
+        self._size = os.fstat(self._descriptor).st_size
+        return self._last
+
+    def _find_last(self, position: Position | None) -> Record | None:
+        """Of the file that is there. It is mended, and the position says from then on that the last record is in it."""
         flock(self._descriptor, self.path)
         here = identity(os.fstat(self._descriptor))
         if self._looked_at != here:
@@ -681,40 +736,48 @@ class SharedFile:
         end = last_whole(self._descriptor, self.path, mend=True)
         self._first = created_of(os.pread(self._descriptor, LINE_BYTES, 0).partition(b"\n")[0] + b"\n") if end else ""
         if not (position and position.identity == here and end and position.created <= end.created):
-            end = self._find_last(position, end, here)
+            parts = self._mended_parts(here)
+            if end:
+                self._check_newest(position, end, parts)
+            else:
+                end = self._last_before(position, parts, here)
+            self._write_position(end, here, self._first)
+            self._folder.sync()
         self._looked_at = here
         return end
 
     def _begin(self, position: Position | None) -> Record | None:
         """Makes the file. It gets its name last, when it has the mode and owner of the one before and the position
-        names it: a kill before leaves none, and one that has the inode of a deleted file is not taken for that."""
+        names it: a kill before leaves none, and one that has the inode of a deleted file is not taken for that. A file
+        that has come to its path meanwhile stays, and is opened instead."""
         parts = self._mended_parts(None)
         last = self._last_before(position, parts, None)
         before = self._named(position, parts) or next((part for part in reversed(parts) if part.ours), None)
         new = f"{self._name}.position.file"
-        self._descriptor = self._folder.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o644)
+        with contextlib.suppress(FileNotFoundError):  # who was killed has left it; it may be the file itself by now
+            self._folder.unlink(new)
+        self._descriptor = self._folder.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
         flock(self._descriptor, self.path)
         if before:
-            os.fchmod(self._descriptor, stat.S_IMODE(before.status.st_mode))
-            with contextlib.suppress(PermissionError):  # only root can give a file to another user
-                os.fchown(self._descriptor, before.status.st_uid, before.status.st_gid)
+            self._copy_rights(before)
         self._first, here = "", identity(os.fstat(self._descriptor))
         self._write_position(last, here, "")
-        self._folder.replace(new, self._name)
+        try:
+            self._folder.rename(new, self._name)
+        except FileExistsError:
+            self._close()
+            return self._open()
         self._folder.sync()
         self._looked_at = here
         return last
 
-    def _find_last(self, position: Position | None, end: Record | None, here: tuple[int, int]) -> Record | None:
-        """The last record, where the position does not say that it is in this file; from then on it does."""
-        parts = self._mended_parts(here)
-        if end:
-            self._check_newest(position, end, parts)
-        else:
-            end = self._last_before(position, parts, here)
-        self._write_position(end, here, self._first)
-        self._folder.sync()
-        return end
+    def _copy_rights(self, part: Part) -> None:
+        """Mode, access control list and owner. Without its list the mode alone could open a file to more people."""
+        os.fchmod(self._descriptor, stat.S_IMODE(part.status.st_mode))
+        if part.access:
+            os.setxattr(self._descriptor, ACL, part.access)
+        with contextlib.suppress(PermissionError):  # only root can give a file to another user
+            os.fchown(self._descriptor, part.status.st_uid, part.status.st_gid)
 
     def _mended_parts(self, here: tuple[int, int] | None) -> list[Part]:
         """All but the file itself. None of them begins with zeros or half a record any more."""
@@ -753,7 +816,7 @@ class SharedFile:
         newer = [part for part in parts if part.ours and (not last or part.first > last.created)]
         for part in [part for part in newer if part.first == newer[-1].first]:
             last = later(last, self._last_of(part, mend=True))
-        if not last and not position and self._has_position():
+        if not last and not position and self._folder.has(f"{self._name}.position"):
             raise Unusable(f"{self.path}.position is broken, and no file here says what was written: mend it, or remove"
                            " it to begin with the first record")  # fmt: skip
         if last and last.path != f"{self.path}.position" and (not position or last.created > position.created):
@@ -761,13 +824,6 @@ class SharedFile:
             log.warning("%s.position %s; going on after %s, the last record of %s",
                         self.path, known, last.created, last.path)  # fmt: skip
         return last
-
-    def _has_position(self) -> bool:
-        try:
-            self._folder.stat(f"{self._name}.position")
-            return True
-        except FileNotFoundError:
-            return False
 
     def _parts(self) -> list[Part]:
         return find_parts(self._folder, self._name)[0]
@@ -806,7 +862,9 @@ class SharedFile:
 
     def append(self, lines: bytes) -> None:
         """Whole lines to the end and to disk, or nothing: what was written of them is cut off again. Raises OSError."""
-        size = os.fstat(self._descriptor).st_size
+        size = self._size
+        if os.fstat(self._descriptor).st_size != size:
+            raise Unusable(f"{self.path} was changed by another program since it was looked at; looking again")
         try:
             rest = memoryview(lines)
             while rest:
@@ -816,10 +874,12 @@ class SharedFile:
             os.ftruncate(self._descriptor, size)
             raise
         self._check_place(size, len(lines))
+        self._size = size + len(lines)
         self._first = self._first or created_of(lines[: lines.find(b"\n") + 1])
+        self._last = last_record(lines)
         with contextlib.suppress(OSError):  # stale is safe: the last record of the file it names is looked at anyway
             here = identity(os.fstat(self._descriptor))
-            self._write_position(last_record(lines), here, self._first)
+            self._write_position(self._last, here, self._first)
 
     def _check_place(self, size: int, written: int) -> None:
         """What was written must be in a file that has a name, and behind what was there; only then the position may say
@@ -848,31 +908,42 @@ class SharedFile:
     def rotate(self) -> None:
         """Renames the file to its first `created`, so that parts sort, and begins a new one as after any rename."""
         part = f"{self._name}.{self._first.replace('-', '').replace(':', '')}"
-        with contextlib.suppress(FileNotFoundError):
-            self._folder.stat(part)
+        if self._folder.has(part):
             raise Unusable(f"{os.path.join(self._folder.path, part)} is there already; move it out of the folder")
         with contextlib.suppress(FileNotFoundError):  # another one was quicker to rename it
             if os.path.samestat(self._folder.stat(self._name), os.fstat(self._descriptor)):
                 self._folder.replace(self._name, part)
+        last = self._last
         self._close()
-        self._open()
+        if not is_same(self._open(), last):
+            raise Unusable(f"another file has come to {self.path} while it was rotated")
         self._delete_old()
 
     def _delete_old(self) -> None:
         """KEEP_FILES of the parts that rotation made stay, compressed or not; those of other names are not touched."""
-        made = re.compile(re.escape(self._name) + r"\.[0-9]{8}T[0-9]{6}\.[0-9]{6}Z(\.gz)?")
-        names = sorted(name for name in os.listdir(self._folder.descriptor) if made.fullmatch(name))
-        for name in names[: -self._keep_files] if self._keep_files else ():
-            self._folder.unlink(name)
+        made = re.compile(rf"({re.escape(self._name)}\.[0-9]{{8}}T[0-9]{{6}}\.[0-9]{{6}}Z)(\.gz)?")
+        found = [match for match in map(made.fullmatch, os.listdir(self._folder.descriptor)) if match]
+        parts = sorted({match[1] for match in found})  # one that is being compressed has two names
+        old = parts[: -self._keep_files] if self._keep_files else []
+        for match in found:
+            if match[1] in old:
+                self._folder.unlink(match[0])
 
     # -- for reconcile
 
     def mended_parts(self, folder: Folder) -> list[Part]:
-        """All parts in order; the last one ends in a whole record."""
+        """All parts in order; the last one ends in a whole record. Raises Unusable unless each begins after the end of
+        the one before, and the file itself is the last: a copy that lies in the folder must not be cut in its place."""
         self._folder = folder
         for part in self._parts()[-1:]:
             self._last_of(part, mend=True)
-        return self._parts()
+        parts = self._parts()
+        for part, following in pairwise(parts):
+            end = None if part.compressed else self._last_of(part)
+            if part.name == self._name or following.first <= (end.created if end else part.first):
+                raise Unusable(f"{part.path} and {following.path} do not follow on each other: is one of them a copy?"
+                               " Move it out of the folder")  # fmt: skip
+        return parts
 
     def was_cut(self, last: Record) -> bool:
         """Whether the position is ahead of the last record that is left, as a reconcile was killed in its cut. Raises
@@ -887,7 +958,7 @@ class SharedFile:
 
     def _cut_lines(self) -> set[bytes]:
         try:
-            with open(self._folder.open(f"{self._name}.cut", os.O_RDONLY), "rb") as file:
+            with open(f"{self._name}.cut", "rb", opener=self._folder.open) as file:
                 return {line for line in file if line.endswith(b"\n")}
         except FileNotFoundError:
             return set()
@@ -895,7 +966,7 @@ class SharedFile:
     def keep(self, lines: Iterator[bytes]) -> None:
         """Adds lines to FILE_NAME.cut, each once, to disk. What a kill has torn there is cut off, and added whole."""
         known = self._cut_lines()
-        with open(self._folder.open(f"{self._name}.cut", os.O_RDWR | os.O_CREAT), "r+b") as file:
+        with open(f"{self._name}.cut", "a+b", opener=self._folder.open) as file:
             content_end = file.seek(0, os.SEEK_END)
             torn = len(read_tail(file.fileno(), file.name).rpartition(b"\n")[2]) if content_end else 0
             file.seek(content_end - torn)
@@ -922,18 +993,17 @@ class SharedFile:
 
     # -- the position
 
-    def position(self, folder: Folder | None = None) -> Position | None:
+    def position(self, folder: Folder) -> Position | None:
         """None if it is missing or cannot be read: then the files themselves say where they end."""
-        path = f"{self.path}.position"
         try:
-            with open(folder.open(f"{self._name}.position", os.O_RDONLY) if folder else path, encoding="utf-8") as file:
+            with open(f"{self._name}.position", encoding="utf-8", opener=folder.open) as file:
                 text = json.load(file)  # another OSError than that it is not there does not mean that it is not there
             just_after(text["created"])
             known = text.get("record")  # older exporters know its time only
             if not isinstance(known, dict) or known.get("created") != text["created"]:
                 known = {"created": text["created"]}
             line = json.dumps(known).encode() + b"\n"
-            record = Record(text["created"], line, path) if text["created"] > BEFORE_ALL else None
+            record = Record(text["created"], line, f"{self.path}.position") if text["created"] > BEFORE_ALL else None
             named = int(text["device"]), int(text["inode"])
             return Position(record, named, str(text.get("first", "")), "first" in text)
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
@@ -945,7 +1015,7 @@ class SharedFile:
         created = record.created if record else BEFORE_ALL
         text = {"created": created, "device": named[0], "inode": named[1], "first": first}
         new = f"{self._name}.position.new"
-        with open(self._folder.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
+        with open(new, "w", encoding="utf-8", opener=self._folder.open) as file:
             json.dump(text | {"record": json.loads(record.line) if record else None}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -957,6 +1027,10 @@ def later(one: Record | None, other: Record | None) -> Record | None:
 
 
 # ---- The exporter ---------------------------------------------------------------------------------------------------
+
+
+class TooLate(Exception):
+    """Records were deleted before the file had them. The message says which, and what to do."""
 
 
 class Exporter:
@@ -987,7 +1061,8 @@ class Exporter:
     def _hint(self) -> Record | None:
         """Where to begin if the turn cannot be had."""
         try:
-            position = self._file.position()
+            with contextlib.closing(Folder(self._settings.directory)) as folder:
+                position = self._file.position(folder)
         except OSError:  # a turn says so
             return None
         return position.record if position else None
@@ -1065,15 +1140,24 @@ class Exporter:
 
     def _without_predecessor(self, missing: Missing) -> float:
         """The database does not know what we asked from. If that is truly the last record of the file, nobody can tell
-        what is to follow it; else it was only our memory that is out of date, or the file was changed meanwhile."""
+        what is to follow it; else it was only our memory that is out of date, or the file was changed meanwhile.
+
+        What waits is dropped, as the database may have lost it too. Where it was deleted for its age it is kept: it
+        follows on the file all the same, and is nowhere else any more. Raises TooLate.
+        """
         self._note("backend")
-        self._begin_after(missing.record)
+        if missing.kept_from:
+            self._records = self._source.follow(self._last)
+        else:
+            self._begin_after(missing.record)
         self._looked = False
         self.write()
         if self._looked and is_same(self._in_file, missing.record) and self._in_file:
+            if missing.kept_from:
+                raise TooLate(too_late(self._in_file, missing, self._settings))
             self._note("database", without_predecessor(self._in_file, missing, self._settings), REMIND_SECONDS)
             return self._back_off()
-        return 0.0 if self._looked else self._poll_seconds
+        return 0.0 if self._looked and not self._waiting else self._poll_seconds
 
     def write(self) -> None:
         """Writes what waits, if the turn can be had and it is not in the file already; learns what is in the file."""
@@ -1101,7 +1185,7 @@ class Exporter:
             lines = self._waiting[0]
             room = self._file.room_for(lines)
             self._file.append(lines[:room])
-            self._in_file = self._before = last_record(lines[:room])
+            self._in_file = self._before = last_record(lines[:room])._replace(path=self._file.path)
             self.written += lines.count(b"\n", 0, room)
             self._waiting.popleft()
             if room < len(lines):
@@ -1149,15 +1233,25 @@ class Exporter:
             del self._faults[what]
 
 
+ANEW = "stop the exporters and move {}, its parts and companions away together"
+
+
 def without_predecessor(last: Record, missing: Missing, settings: Settings) -> str:
     """One line for a person: what was found, in which file, and the ways out."""
-    found = f"{last.path} ends in {name_of(last.line)}, and {missing} ({settings.url}): nothing is appended."
-    anew = f"stop the exporters and move {settings.file_name}, its parts and companions away together"
-    if missing.kept_from:
-        return f"{found} What was stored in between is missing here for ever. To go on with what is left, {anew}"
     return (
-        f"{found} If the database was restored or has failed over, run background.py reconcile; if it is another one,"
-        f" correct URL or DIRECTORY; if the file was edited, put its last record back. To begin anew, {anew}"
+        f"{last.path} ends in {name_of(last.line)}, and {missing} ({settings.url}): nothing is appended. If the"
+        " database was restored or has failed over, run background.py reconcile; if it is another one, correct URL or"
+        " DIRECTORY; if the file was edited, put its last record back. To begin anew,"
+        f" {ANEW.format(settings.file_name)}"
+    )
+
+
+def too_late(last: Record, missing: Missing, settings: Settings) -> str:
+    """One line for a person: from when to when records were missed, and how to go on with what is left."""
+    return (
+        f"{last.path} ends in {name_of(last.line)}, and {missing} ({settings.url}): the records in between are missing"
+        " here for ever. Nothing is appended, and this exporter ends. To go on with what is left,"
+        f" {ANEW.format(settings.file_name)}"
     )
 
 
@@ -1174,11 +1268,8 @@ def verify(settings: Settings, date_from: str = EPOCH, date_to: str = "") -> int
     try:
         with contextlib.closing(Folder(settings.directory)) as folder:
             parts, passed_over = find_parts(folder, settings.file_name)
-            print(
-                *(f"passed over, as it is no part of {settings.file_name}: {name}\n" for name in passed_over),
-                sep="",
-                end="",
-            )
+            for name in passed_over:
+                print(f"passed over, as it is no part of {settings.file_name}: {name}")
             if settings.keep_files and parts and date_from < parts[0].first:
                 date_from = parts[0].first
                 print(f"compared from {date_from} on: older parts are deleted, as KEEP_FILES is {settings.keep_files}")
@@ -1203,10 +1294,10 @@ def verify(settings: Settings, date_from: str = EPOCH, date_to: str = "") -> int
 def describe(stored: bytes, shared: bytes) -> str:
     in_database, in_file = (created_of(line) or "the end" for line in (stored, shared))  # which sorts after any time
     if in_database < in_file:
-        return f"the file lacks {stored.decode()}"
+        return f"the file lacks {shown(stored)}"
     if in_file < in_database:
-        return f"the database lacks {shared.decode()}"
-    return f"a record differs: file {shared.decode()} database {stored.decode()}"
+        return f"the database lacks {shown(shared)}"
+    return f"a record differs: file {shown(shared)} database {shown(stored)}"
 
 
 def stored_lines(source: Source, date_from: str, date_to: str) -> Iterator[bytes]:
@@ -1223,7 +1314,7 @@ def shared_lines(folder: Folder, parts: list[Part], date_from: Callable[[], str]
             if created <= last:
                 before = "" if last_path == part.path else f" in {last_path}"
                 raise Difference(
-                    f"line {number} of {part.path} is no record later than the one before{before}: {line[:200]!r}"
+                    f"line {number} of {part.path} is no record later than the one before{before}: {shown(line[:200])}"
                 )
             last, last_path = created, part.path
             if date_from() <= created and (created < date_to or not date_to):
@@ -1269,7 +1360,7 @@ def reconcile_in(folder: Folder, settings: Settings, file: SharedFile, agreed: b
     source = Source(settings)
     parts = file.mended_parts(folder)
     common = find_common(folder, parts, source)
-    count = sum(1 for _ in lines_behind(folder, common))
+    count = sum(1 for line in lines_behind(folder, common) if as_sent(line))  # what cannot be sent ends it here
     last = last_record(b"".join(deque(lines_behind(folder, common), 1)) or common.record.line)
     if not file.was_cut(last) and not count:
         print(f"nothing to do: {common.part.path} ends in {name_of(common.record.line)}, which the database has")
@@ -1303,16 +1394,29 @@ def find_common(folder: Folder, parts: list[Part], source: Source) -> Common:
         if part.compressed:
             raise Impossible(f"{part.path} is compressed, and may have to be cut: decompress it, and run this again")
         for start, lines in blocks_backwards(folder, part):
-            if not all(map(created_of, lines)):
-                raise Impossible(f"{part.path} has lines that are no records; run background.py verify, and mend it")
-            window = stored_lines(source, created_of(lines[0]), just_after(created_of(lines[-1])))
-            stored = {created_of(line): line for line in window}
-            for count in range(len(lines), 0, -1):
-                line = lines[count - 1]
-                if matches(line, stored.get(created_of(line), b"")):
-                    end = start + sum(map(len, lines[:count]))
-                    return Common(Record(created_of(line), line, part.path), part, end, parts[number + 1 :])
+            created = list(map(created_of, lines))
+            if not created[0] or not all(map(lt, created, created[1:])):
+                raise Impossible(f"not all lines of {part.path} are records in order; run background.py verify, and"
+                                 " mend it")  # fmt: skip
+            if count := count_equal(lines, source):
+                end = start + sum(map(len, lines[:count]))
+                record = Record(created[count - 1], lines[count - 1], part.path)
+                return Common(record, part, end, parts[number + 1 :])
+            if created[0] < source.kept_from:
+                raise Impossible(f"the database has deleted what was stored before {source.kept_from}, and has nothing"
+                                 f" of what {part.path} holds from then on: no record in common is left")  # fmt: skip
     raise Impossible("file and database have no record in common: it is another database, or another file")
+
+
+def count_equal(lines: Sequence[bytes], source: Source) -> int:
+    """How many of these lines, from the first one on, are in the database too, and nothing between them. Those that it
+    has deleted for their age count if the first one after them is there."""
+    stored = stored_lines(source, created_of(lines[0]), just_after(created_of(lines[-1])))
+    other = next(stored, b"")  # from now on source.kept_from is known
+    count = deleted = sum(created_of(line) < source.kept_from for line in lines)
+    while count < len(lines) and matches(lines[count], other):
+        count, other = count + 1, next(stored, b"")
+    return count if count > deleted else 0
 
 
 def blocks_backwards(folder: Folder, part: Part) -> Iterator[tuple[int, list[bytes]]]:
@@ -1323,7 +1427,7 @@ def blocks_backwards(folder: Folder, part: Part) -> Iterator[tuple[int, list[byt
         while end:
             start = max(0, end - LINE_BYTES * 16)
             data = os.pread(descriptor, end - start, start)
-            skipped = data.find(b"\n") + 1 if start else 0
+            skipped = (data.find(b"\n") + 1) % len(data) if start else 0  # 0 as well for what has no whole line
             yield start + skipped, data[skipped:].splitlines(keepends=True)
             end = start + skipped
     finally:
@@ -1332,14 +1436,25 @@ def blocks_backwards(folder: Folder, part: Part) -> Iterator[tuple[int, list[byt
 
 def lines_behind(folder: Folder, common: Common) -> Iterator[bytes]:
     for part in (common.part, *common.behind):
-        with open(folder.open(part.name, os.O_RDONLY), "rb") as file:
+        with open(part.name, "rb", opener=folder.open) as file:
             file.seek(common.end if part is common.part else 0)
             yield from file
 
 
 def give_back(source: Source, lines: Iterator[bytes]) -> None:
     while batch := list(islice(lines, GIVE_BACK_LINES)):
-        source.post(batch)
+        source.post([as_sent(line) for line in batch])
+
+
+def as_sent(line: bytes) -> dict[str, str]:
+    """A record as the line that it was made from, with its id. Raises Impossible."""
+    try:
+        record = json.loads(line)
+        fields = record["log"]
+        log = f"{fields['ip']} {fields['method']} {fields['uri']} {fields['status_code']}"
+        return {"id": str(record["id"]), "log": log}
+    except (ValueError, TypeError, KeyError) as error:
+        raise Impossible(f"nothing was changed, as this line cannot be sent: {shown(line)}") from error
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -1363,18 +1478,25 @@ def catch_signals(exporter: Exporter) -> int:
     return reading
 
 
-def run(exporter: Exporter, signals: int) -> None:
-    """Steps until a signal, says from time to time how far it is, and tries once more to write at the end."""
-    said, said_at, delay = 0, time.monotonic(), 0.0
+def run(exporter: Exporter, signals: int) -> int:
+    """Steps until a signal, says from time to time how far it is, and tries once more to write at the end. The exit
+    status: 1 if it has come too late, which no further attempt would mend."""
+    said, said_at, delay, status = 0, time.monotonic(), 0.0, 0
     exporter.write()  # looks at the file, which says where to begin
-    with contextlib.suppress(Interrupted):
+    try:
         while not select.select([signals], [], [], delay)[0]:
             delay = exporter.step()
             if time.monotonic() - said_at >= PROGRESS_SECONDS:
                 say_progress(exporter, exporter.written - said, time.monotonic() - said_at)
                 said, said_at = exporter.written, time.monotonic()
+    except Interrupted:
+        pass
+    except TooLate as error:
+        log.error("%s", error)
+        status = 1
     exporter.write()
     log.info("stopped; %d records written, %d left to the others", exporter.written, exporter.waiting_records)
+    return status
 
 
 def say_progress(exporter: Exporter, written: int, seconds: float) -> None:
@@ -1425,6 +1547,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = read_settings(os.environ)
     words = " ".join(arguments)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s background: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends verify and reconcile at once, as safely as kill -9
     if re.fullmatch(f"verify( {DATE}){{0,2}}", words):
         return verify(settings, *(date.removesuffix("Z") for date in arguments[1:]))
     if re.fullmatch("reconcile( --dry-run| --yes){0,2}", words):
@@ -1441,11 +1564,11 @@ def main(arguments: Sequence[str]) -> int:
         log.error("DIRECTORY %s cannot be used: %s", settings.directory, error.strerror or error)
         return 1
     exporter = Exporter(settings)
-    signals = catch_signals(exporter)  # before it says that it runs: from then on it ends by itself, with 0
+    signals = catch_signals(exporter)  # before it says that it runs: from then on a signal ends it with status 0
     log.info("appending to %s from %s", os.path.join(settings.directory, settings.file_name), settings.url)
-    run(exporter, signals)
+    status = run(exporter, signals)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the interpreter's own end knows no handlers
-    return 0
+    return status
 
 
 if __name__ == "__main__":

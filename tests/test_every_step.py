@@ -43,7 +43,7 @@ def watch(owner, name, halve=False):
         return real(*arguments, **options)
     setattr(owner, name, step)
 
-for name in ("open", "pread", "fsync", "ftruncate", "replace", "unlink", "close", "stat"):
+for name in ("open", "pread", "fsync", "ftruncate", "link", "replace", "unlink", "close", "stat"):
     watch(os, name)
 watch(os, "write", halve=True)
 watch(fcntl, "flock")
