@@ -170,9 +170,10 @@ def is_within(known: Any, other: Any) -> bool:
 
 
 def is_same(one: Record | None, other: Record | None) -> bool:
+    """With the same members: what was compared with the database for the one counts for the other."""
     if one is None or other is None:
         return one is other
-    return one.created == other.created and (matches(one.line, other.line) or matches(other.line, one.line))
+    return one.created == other.created and matches(one.line, other.line) and matches(other.line, one.line)
 
 
 def end_within(lines: bytes, record: Record) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fakes import FakeBackend, fake_backend, some_lines
-from harness import ROOT, Service, assert_same, read_records
+from harness import ROOT, Service, assert_same, is_stopped, read_records
 from waiting import wait_until
 
 Start = Callable[..., Service]
@@ -94,6 +96,49 @@ def test_an_exporter_killed_at_any_step_leaves_what_the_next_one_goes_on_from(
         (tmp_path / "journal").write_text("\n".join(lines) + "\n")
         assert_same(tmp_path / "journal", read_records(shared))
     assert set(died) >= {"open", "flock", "stat", "pread", "write", "fsync", "replace", "unlink", "close", "ftruncate"}
+
+
+@pytest.mark.slow
+def test_an_exporter_stopped_at_any_step_finds_what_the_others_did_meanwhile(start: Start, tmp_path: Path) -> None:
+    """While it is stopped two others go on, or wait for it if it has the lock; someone removes the lock file and
+    renames the shared file. Then it goes on too, or is killed."""
+    program = tmp_path / "stopped_at_a_step.py"
+    text = PROGRAM.replace("SERVICE", "background").replace("ARGUMENTS", "[]")
+    program.write_text(text.replace("killed at", "stopped at").replace("SIGKILL", "SIGSTOP"))
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    shared, lock = folder / "data.txt", folder / "data.txt.lock"
+    stopped: list[str] = []
+    parts: list[Path] = []
+    dice = random.Random(17)
+    with fake_backend() as fake:
+        settings = {"URL": fake.data_url, "DIRECTORY": folder, "REQUEST_DELAY": 1}
+        others = [start("background.py", **settings) for _ in range(2)]
+        for step in range(1, 46):
+            add(fake, some_lines(5, tag=f"s{step}"))
+            sleeper = start(str(program), KILL_AT=step, **settings)
+            wait_until(lambda: is_stopped(sleeper.pid) or fake.add(some_lines(1, f"m{len(fake.stored)}")), 30, "a stop")  # noqa: B023
+            stopped += re.findall(r"stopped at (\w+)", sleeper.printed)
+            add(fake, some_lines(5, tag=f"t{step}"))
+            if dice.random() < 0.5:
+                lock.unlink(missing_ok=True)
+            if dice.random() < 0.5 and shared.exists():
+                parts.append(shared.rename(shared.with_name(f"data.txt.{step}")))
+            known = len(fake.requests)
+            wait_until(lambda: len(fake.requests) > known + 3, 30, "the others' polls")  # noqa: B023
+            sleeper.kill(dice.choice((signal.SIGCONT, signal.SIGKILL)))
+            add(fake, some_lines(5, tag=f"u{step}"))
+            wait_until(lambda: in_file(fake, shared), 30, "the last record")
+            if sleeper.process.poll() is None:
+                sleeper.kill()
+                sleeper.process.wait(30)
+        assert [other.end() for other in others] == [0, 0]
+        assert read_records(*parts, shared) == fake.records()
+    assert set(stopped) >= {"open", "flock", "stat", "pread", "write", "fsync", "link", "replace", "unlink", "close"}
+
+
+def in_file(fake: FakeBackend, shared: Path) -> bool:
+    return shared.exists() and fake.records()[-1]["id"].encode() in shared.read_bytes()
 
 
 def cut_torn_tail(file: Path) -> None:

@@ -189,7 +189,22 @@ def test_a_shortened_file_is_told_and_filled_up_again(
     exporter.wait_for_line("data.txt ends in .* and was written up to .*: it was shortened")
 
 
-@pytest.mark.parametrize("kind", ["edited", "another one's", "with a record too many"])
+NO_END = "WARNING background: shared file: .*data.txt does not end in a record"
+NO_RECORDS = "WARNING background: shared file: .*data.txt: not all of its last lines are records in order"
+TOLD = {
+    "edited": REFUSED,
+    "another one's": REFUSED,
+    "with a record too many": REFUSED,
+    "with a member more": REFUSED,
+    "with its members in another order": NO_RECORDS,
+    "with a blank line": NO_RECORDS,
+    "with Windows line ends": NO_END,
+    "edited in the middle": NO_RECORDS,
+    "with two lines swapped": NO_RECORDS,
+}
+
+
+@pytest.mark.parametrize("kind", TOLD)
 def test_a_file_whose_last_record_is_not_the_databases_is_told_and_not_touched(
     fake: FakeBackend, export: Callable[..., Service], shared: Path, kind: str
 ) -> None:
@@ -201,14 +216,21 @@ def test_a_file_whose_last_record_is_not_the_databases_is_told_and_not_touched(
         "edited": good.replace(b'"/a/99"', b'"/a/98"'),
         "another one's": good.replace(b'"id":"0000', b'"id":"1111'),
         "with a record too many": good + lines[-1].replace(b"000099Z", b"000105Z"),
+        "with a member more": good[:-3] + b',"bytes":5}}\n',
+        "with its members in another order": good[: -len(lines[-1])] + b'{"log":{},' + lines[-1][1:],
+        "with a blank line": good + b"\n",
+        "with Windows line ends": good.replace(b"\n", b"\r\n"),
+        "edited in the middle": good.replace(lines[50], b"a note\n"),
+        "with two lines swapped": b"".join([*lines[:50], lines[51], lines[50], *lines[52:]]),
     }[kind]
     replacement = shared.with_name("replacement")
     replacement.write_bytes(bad)
     replacement.replace(shared)
     fake.add(some_lines(50, "more"))
     exporter = export(fake.data_url)
-    exporter.wait_for_line(REFUSED)
+    exporter.wait_for_line(TOLD[kind])
     assert_nothing_is_appended(fake, shared, bad)
+    assert "equal: 100" not in verify(fake.data_url, shared)
     shared.write_bytes(good)
     exported(fake.records(), shared)
 
@@ -234,6 +256,18 @@ def test_an_emptied_file_is_told_and_goes_on_when_it_is_removed(
     assert_nothing_is_appended(fake, shared, b"")
     shared.unlink()
     exported(fake.records(), before, shared)
+
+
+def test_a_folder_in_place_of_the_file_is_told_and_waited_for(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    shared.mkdir()
+    fake.add(some_lines(20))
+    exporter = export(fake.data_url)
+    exporter.wait_for_line("shared file: .*Is a directory: 'data.txt'")
+    shared.rmdir()
+    exported(fake.records(), shared)
+    exporter.wait_for_line("shared file: back after")
 
 
 @pytest.mark.parametrize("target", ["a file", "nothing"])
