@@ -449,7 +449,8 @@ class Turn:
                     yield folder if owned and self._has(folder) else None
                 finally:
                     if owned and self._owns(folder, lock):  # else somebody removed it, and another one's may be there
-                        folder.unlink(self._name)
+                        with contextlib.suppress(FileNotFoundError):  # or removes it at this very moment
+                            folder.unlink(self._name)
             finally:
                 os.close(lock)
 
@@ -725,7 +726,6 @@ class SharedFile:
             raise Unusable(f"{self.path} is a symbolic link, and not followed: put the file itself there") from error
         else:
             self._last = self._find_last(position)
-        self._size = os.fstat(self._descriptor).st_size
         return self._last
 
     def _find_last(self, position: Position | None) -> Record | None:
@@ -734,7 +734,9 @@ class SharedFile:
         here = identity(os.fstat(self._descriptor))
         if self._looked_at != here:
             mend_after_power_cut(self._descriptor, self.path)
-        end = last_whole(self._descriptor, self.path, mend=True)
+        end, self._size = None, -1
+        while self._size != (size := os.fstat(self._descriptor).st_size):  # it is that of what was read
+            end, self._size = last_whole(self._descriptor, self.path, mend=True), size
         self._first = created_of(os.pread(self._descriptor, LINE_BYTES, 0).partition(b"\n")[0] + b"\n") if end else ""
         if not (position and position.identity == here and end and position.created <= end.created):
             parts = self._mended_parts(here)
@@ -748,37 +750,42 @@ class SharedFile:
         return end
 
     def _begin(self, position: Position | None) -> Record | None:
-        """Makes the file. It gets its name last, when it has the mode and owner of the one before and the position
-        names it: a kill before leaves none, and one that has the inode of a deleted file is not taken for that. A file
-        that has come to its path meanwhile stays, and is opened instead."""
+        """The file is not there: its record comes from the position and the parts."""
         parts = self._mended_parts(None)
         last = self._last_before(position, parts, None)
         before = self._named(position, parts) or next((part for part in reversed(parts) if part.ours), None)
+        made = self._make(last, before.status, before.access) if before else self._make(last)
+        return last if made else self._open()
+
+    def _make(self, last: Record | None, status: os.stat_result | None = None, access: bytes = b"") -> bool:
+        """Makes the file. It gets its name last, when it has the rights of the one before and the position names it: a
+        kill before leaves none, and one that has the inode of a deleted file is not taken for that. False if another
+        file has come to its path meanwhile, which stays."""
         new = f"{self._name}.position.file"
         with contextlib.suppress(FileNotFoundError):  # who was killed has left it; it may be the file itself by now
             self._folder.unlink(new)
-        self._descriptor = self._folder.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptor = self._folder.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         flock(self._descriptor, self.path)
-        if before:
-            self._copy_rights(before)
-        self._first, here = "", identity(os.fstat(self._descriptor))
-        self._write_position(last, here, "")
+        if status:
+            self._set_rights(status, access)
+        self._first, self._size, self._last = "", 0, last
+        self._looked_at = identity(os.fstat(self._descriptor))
+        self._write_position(last, self._looked_at, "")
         try:
             self._folder.rename(new, self._name)
         except FileExistsError:
             self._close()
-            return self._open()
+            return False
         self._folder.sync()
-        self._looked_at = here
-        return last
+        return True
 
-    def _copy_rights(self, part: Part) -> None:
+    def _set_rights(self, status: os.stat_result, access: bytes) -> None:
         """Mode, access control list and owner. Without its list the mode alone could open a file to more people."""
-        os.fchmod(self._descriptor, stat.S_IMODE(part.status.st_mode))
-        if part.access:
-            os.setxattr(self._descriptor, ACL, part.access)
+        os.fchmod(self._descriptor, stat.S_IMODE(status.st_mode))
+        if access:
+            os.setxattr(self._descriptor, ACL, access)
         with contextlib.suppress(PermissionError):  # only root can give a file to another user
-            os.fchown(self._descriptor, part.status.st_uid, part.status.st_gid)
+            os.fchown(self._descriptor, status.st_uid, status.st_gid)
 
     def _mended_parts(self, here: tuple[int, int] | None) -> list[Part]:
         """All but the file itself. None of them begins with zeros or half a record any more."""
@@ -907,17 +914,17 @@ class SharedFile:
         return max(first, lines.rfind(b"\n", 0, max(room, 0)) + 1) if room < len(lines) else len(lines)
 
     def rotate(self) -> None:
-        """Renames the file to its first `created`, so that parts sort, and begins a new one as after any rename."""
+        """Renames the file to its first `created`, so that parts sort, and begins a new one."""
         part = f"{self._name}.{self._first.replace('-', '').replace(':', '')}"
         if self._folder.has(part):
             raise Unusable(f"{os.path.join(self._folder.path, part)} is there already; move it out of the folder")
         with contextlib.suppress(FileNotFoundError):  # another one was quicker to rename it
             if os.path.samestat(self._folder.stat(self._name), os.fstat(self._descriptor)):
                 self._folder.replace(self._name, part)
-        last = self._last
+        last, status, access = self._last, os.fstat(self._descriptor), access_list(self._descriptor)
         self._close()
-        if not is_same(self._open(), last):
-            raise Unusable(f"another file has come to {self.path} while it was rotated")
+        if not self._make(last, status, access) and not is_same(self._open(), last):
+            raise Unusable(f"another file has come to {self.path} while it was rotated; looking at it")
         self._delete_old()
 
     def _delete_old(self) -> None:
@@ -1191,6 +1198,8 @@ class Exporter:
             self._waiting.popleft()
             if room < len(lines):
                 self._waiting.appendleft(lines[room:])
+                if self.ending:
+                    return  # many small parts would take their time, and others can write the rest
 
     def _drop_until(self, last: Record | None) -> bool:
         """Drops from memory what is in the file already; False if memory does not contain the file's last record."""
