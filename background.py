@@ -1,22 +1,16 @@
 """An exporter: follows the backend's records and appends them to one file that any number of exporters share.
 
-    python background.py                                 export (settings: env/background.env; standard library only)
-    python background.py verify [date_from [date_to]]    compare the shared file with the database, exit 0 or 1
-    python background.py reconcile [--dry-run] [--yes]   give back to the database what it lost and the file still has
-
-It promises: the shared file and its renamed parts hold each record once, whole, in the order of `created`, whichever
-instances are killed, stopped, started twice, or run out of disk. What does not follow on the last record that is
-there is not appended: it stops, and says what it found. Rename the file whenever you like.
+    python background.py [verify [date_from [date_to]] | reconcile [--dry-run] [--yes]]   (settings: env/background.env)
 
 The way of a record:
-    Source.follow          asks from the last known record on, including it: the first that comes has to be that one
-    Exporter._fetch        keeps what follows in memory, up to a bound; past it the database keeps the rest
-    Turn                   lock file, its flock, the folder's flock: one writer
-    SharedFile.opened      cuts off a torn end; says which record is the last, in the file or in the part before it
-    Exporter._append_after drops what is there already; what does not follow on that record is fetched again from there
-    SharedFile.append      whole lines, to disk, checked to be where they belong; or none of them
-    FILE_NAME.position     what is written, and into which file: for when that is renamed away
-    SharedFile.rotate      renames the file if it is full; then, as after any other rename, a new one is begun
+  1. Source.follow asks from the last known record on, including it; the first that comes has to be that one.
+  2. Exporter._fetch keeps what follows in memory, up to a bound; past it the database keeps the rest.
+  3. Turn: lock file, its flock, the folder's flock: one writer.
+  4. SharedFile.opened cuts off a torn end and says which record is the last, in the file or in the part before it.
+  5. Exporter._append_after drops what is there already; what does not follow on that record is fetched again.
+  6. SharedFile.append: whole lines to disk, or none. FILE_NAME.position says up to where, and in which file.
+It promises: the shared file and its renamed parts hold each record once, whole, in the order of `created`, whichever
+instances are killed, stopped, started twice, or run out of disk; what does not follow is told, and not appended.
 """
 
 from __future__ import annotations
@@ -183,177 +177,15 @@ def end_within(lines: bytes, record: Record) -> int:
     return end if found >= 0 and matches(record.line, lines[start:end]) else -1
 
 
-def check(lines: bytes, after: str) -> None:
-    """Raises ValueError unless these are records, each later than the one before and than `after`."""
-    created = RECORD.findall(lines)
-    if not len(created) == lines.count(RECORD_START) == lines.count(b"\n"):
-        raise ValueError("the answer is not a list of records")
-    if created[0].decode() <= after or not all(map(lt, created, created[1:])):
-        raise ValueError("the records are not in the order of `created`")
-    json.loads(last_record(lines).line)  # the one that is compared with others: a ValueError as well
-
-
-# ---- Where records come from ----------------------------------------------------------------------------------------
-
-
-class Refused(http.client.HTTPException):
-    """The backend answered, but not with what was asked for."""
-
-    status = 0
-    retry_after_seconds = 0.0  # its own wish, if it had one
-    kept_from = ""  # of a 410: what was stored before is deleted
-
-
-class Missing(Exception):
-    """The database does not have the record that the next one would follow on. The message says what it has."""
-
-    def __init__(self, record: Record, found: str, kept_from: str = "") -> None:
-        super().__init__(f"the database has {found}")
-        self.record = record
-        self.kept_from = kept_from  # what was stored before is deleted; "" if that is not why
-
-
-class Interrupted(Exception):
-    """A signal came while the backend was asked or read from."""
-
-
-UNREACHABLE = (OSError, http.client.HTTPException, ValueError)  # raised by a Source if the backend cannot be had now
-
-
-class Source:
-    """The backend. What it has said of the database, besides the records, stays here."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.newest = ""  # `created` of the database's newest record; "" if the backend does not say it
-        self.kept_from = ""  # records before it were deleted; "" if none were
-        self._address = urlsplit(settings.url)
-        self._token = settings.api_token
-
-    def follow(self, last: Record | None, date_from: str = EPOCH, date_to: str = "") -> Iterator[bytes]:
-        """The records after `last`, or all from `date_from` on (from `kept_from`, if that is later), for ever, in whole
-        lines; b"" when there are none now.
-
-        Each request asks from the last record on, including it, and takes what follows only if that one comes first,
-        so it does not matter what becomes of the database between two requests, nor where a reply breaks off: a line
-        without its line feed is not used. Raises Missing, or UNREACHABLE.
-        """
-        border = ""  # where to go on if `last` was the last one that was deleted for its age: nothing is missed then
-        with contextlib.closing(self._connect()) as connection:
-            while True:
-                known, awaited = last, None if border else last
-                start = border or (last.created if last else date_from)
-                window = f"date_from={start}" + (f"&date_to={date_to}" if date_to else "")
-                try:
-                    with self._get(connection, window, last) as response:
-                        for lines in whole_lines(response):
-                            if awaited:
-                                lines, awaited = behind(awaited, lines), None
-                            if lines:
-                                check(lines, last.created if last else "")
-                                last, border = last_record(lines), ""
-                                yield lines
-                    if awaited:
-                        raise Missing(awaited, "nothing from then on")
-                except http.client.IncompleteRead:
-                    connection.close()
-                    if last is known:
-                        raise
-                except Missing as missing:
-                    if border or missing.kept_from != just_after(missing.record.created):
-                        raise
-                    border = missing.kept_from
-                    continue
-                except Refused as error:
-                    if last or not error.kept_from:
-                        raise
-                    date_from = self.kept_from = error.kept_from
-                    continue
-                if last is known:
-                    yield b""
-
-    def post(self, items: Sequence[Mapping[str, str]]) -> None:
-        """Stores lines under their own ids. Raises UNREACHABLE unless each is stored, or was there already."""
-        body = json.dumps(items).encode()
-        with contextlib.closing(self._connect()) as connection:
-            connection.request("POST", self._address.path or "/", body, self._headers({"Content-Type": JSON}))
-            with connection.getresponse() as response:
-                answer = refused(response) if response.status not in (200, 201) else json.load(response)
-        if isinstance(answer, Refused):
-            raise answer
-        if answer["rejected"] or answer["accepted"] + answer["duplicates"] != len(items):
-            raise ValueError(f"the backend did not take all records: {json.dumps(answer)[:500]}")
-
-    def _connect(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
-        return kind(self._address.netloc, timeout=HTTP_SECONDS)
-
-    def _headers(self, headers: dict[str, str]) -> dict[str, str]:
-        return headers | ({"Authorization": f"Bearer {self._token}"} if self._token else {})
-
-    def _get(
-        self, connection: http.client.HTTPConnection, window: str, last: Record | None
-    ) -> http.client.HTTPResponse:
-        connection.request("GET", f"{self._address.path or '/'}?{window}", headers=self._headers({"Accept": NDJSON}))
-        response = connection.getresponse()
-        if response.status == 200 and response.headers.get_content_type() == NDJSON:
-            newest = response.headers.get("Newest", "")
-            self.newest = newest if re.fullmatch(CREATED, newest) else ""
-            self.kept_from = response.headers.get("Kept-From", self.kept_from)
-            return response
-        error = refused(response)
-        if last and error.kept_from:
-            raise Missing(last, f"deleted what was stored before {error.kept_from}", error.kept_from)
-        raise error
-
-
-def refused(response: http.client.HTTPResponse) -> Refused:
-    """What the backend said instead, as an exception."""
-    text = response.read(4096).decode(errors="replace")
-    error = Refused(f"answer {response.status} ({response.headers.get_content_type()}): {' '.join(text.split())[:500]}")
-    error.status = response.status
-    if re.fullmatch("[0-9]{1,4}", wish := response.headers.get("Retry-After", "")):
-        error.retry_after_seconds = float(wish)
-    if response.status == 410 and (found := re.search(r'"kept_from" *: *"([^"]+)"', text)):
-        error.kept_from = found[1]
-    return error
-
-
-def behind(known: Record, lines: bytes) -> bytes:
-    """What follows on a record that has to come first. Raises Missing; ValueError for what was not asked for."""
-    first, line_feed, rest = lines.partition(b"\n")
-    first += line_feed
-    if not created_of(first) or created_of(first) < known.created:
-        raise ValueError("the answer is not a list of the records that were asked for")
-    if created_of(first) != known.created or not matches(known.line, first):
-        raise Missing(known, f"{name_of(first)} in its place")
-    return rest
-
-
 def name_of(line: bytes) -> str:
     """Which record that is, for a person."""
     members = json.loads(line)
     return f"record {members.get('id', '(id unknown)')} of {members.get('created')}"
 
 
-def whole_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The reply in portions, as it comes. Raises IncompleteRead at its end if it broke off."""
-    rest, broken = b"", False
-    while not (broken or response.isclosed()):
-        try:
-            data = rest + response.read(PORTION_BYTES)
-        except http.client.IncompleteRead as error:
-            data, broken = rest + error.partial, True
-        end = data.rfind(b"\n") + 1
-        rest = data[end:]
-        if len(rest) > LINE_BYTES:
-            raise ValueError("the answer is not a list of records")
-        if end:
-            yield data[:end]
-    if broken or rest or response.length:  # where less has come than its Content-Length, `read` does not tell
-        raise http.client.IncompleteRead(rest)
+# ---- The folder and the parts in it --------------------------------------------------------------------------------
 
-
-# ---- The lock -------------------------------------------------------------------------------------------------------
+COMPANIONS = (".lock", ".position", ".position.new", ".position.file", ".cut")
 
 
 class Unusable(OSError):
@@ -412,83 +244,6 @@ class Folder:
     def sync(self) -> None:
         """Names that were made, changed or removed outlive a power cut."""
         os.fsync(self.descriptor)
-
-
-class Turn:
-    """The right to write, marked by a lock file: made with O_EXCL at the start of writing, removed at its end.
-
-    Why there are never two writers:
-      * Who owns the lock file is whoever holds the flock of the very file that is at the path (same device and inode),
-        whoever made it. Making and locking are two steps; a process stopped between them finds, when it goes on, the
-        flock taken, or its file no longer at the path, and has no turn.
-      * Only the owner removes the file, as its last act. Who then gets the flock of the removed file finds it gone
-        from the path.
-      * The kernel drops the flocks of a process that dies, however it dies, so a leftover file is free at once, with
-        no age, pid or clock to go by. A stopped owner keeps it: nobody writes beside it.
-      * The lock file may be removed by hand while it is held; then a second one can be made and owned. So a turn also
-        needs the flock of the folder itself, which has no name in it that could be removed or renamed. It is held from
-        before the shared file is opened until after it is closed: there the two owners meet, whatever happens to names.
-    tests/test_lock_model.py goes through all orders of these system calls, with kills, removals and renames, and
-    finds two writers only where the folder's flock is left out.
-    """
-
-    def __init__(self, directory: str, file_name: str) -> None:
-        self.path = os.path.join(directory, f"{file_name}.lock")
-        self.blocked_by = ""  # what another process has, if there was no turn
-        self._directory = directory
-        self._name = f"{file_name}.lock"
-
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[Folder | None]:
-        """The folder, if the turn is ours; else None. Does not wait. Raises Unusable or OSError."""
-        with contextlib.closing(Folder(self._directory)) as folder:
-            lock = self._open(folder)
-            try:
-                owned = self._owns(folder, lock)
-                try:
-                    yield folder if owned and self._has(folder) else None
-                finally:
-                    if owned and self._owns(folder, lock):  # else somebody removed it, and another one's may be there
-                        with contextlib.suppress(FileNotFoundError):  # or removes it at this very moment
-                            folder.unlink(self._name)
-            finally:
-                os.close(lock)
-
-    def _open(self, folder: Folder) -> int:
-        while True:
-            try:
-                return folder.open(self._name, os.O_CREAT | os.O_EXCL)
-            except FileExistsError:
-                try:
-                    return folder.open(self._name, os.O_RDONLY)
-                except FileNotFoundError:
-                    continue  # its owner has removed it meanwhile
-                except OSError as error:
-                    raise Unusable(f"{self.path} is no lock file of ours ({error.strerror}); remove it") from error
-
-    def _owns(self, folder: Folder, lock: int) -> bool:
-        try:
-            flock(lock, self.path)
-            return os.path.samestat(os.fstat(lock), folder.stat(self._name))
-        except (BlockingIOError, FileNotFoundError):
-            self.blocked_by = f"another process has {self.path}"
-            return False
-
-    def _has(self, folder: Folder) -> bool:
-        try:
-            fcntl.flock(folder.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            self.blocked_by = (
-                f"another process has the folder {self._directory}, where {self._name} may have been removed under it,"
-                " or for another file"
-            )
-            return False
-
-
-# ---- The parts of the shared file -----------------------------------------------------------------------------------
-
-COMPANIONS = (".lock", ".position", ".position.new", ".position.file", ".cut")
 
 
 class Part(NamedTuple):
@@ -657,16 +412,6 @@ class Position(NamedTuple):
         return self.record.created if self.record else BEFORE_ALL
 
 
-@dataclass(frozen=True)
-class Common:
-    """Up to where the files and the database agree."""
-
-    record: Record
-    part: Part  # that has it
-    end: int  # of the record, in that part
-    behind: list[Part]  # newer ones, which are not common at all
-
-
 class SharedFile:
     """The file that all instances append to. Whoever opens it has the turn; its position may be read at any time.
 
@@ -681,6 +426,8 @@ class SharedFile:
         before it was shortened, and a part that does was cut: the first is mended from the database, which follows on
         any record that it has; the second is for a person, as others may have what is missing.
       * Only a folder without a record, a part and a position has no last record.
+      * Other programs take no lock. So the file must have a name, and the size that is known, before a write, and just
+        that much more after it; else nothing is appended, or what was does not count. A new one takes no file's place.
     What is not in the folder cannot be looked at: a part that is moved out of it, or deleted, should have been there
     until the next record was written.
     """
@@ -750,7 +497,7 @@ class SharedFile:
         return end
 
     def _begin(self, position: Position | None) -> Record | None:
-        """The file is not there: its record comes from the position and the parts."""
+        """Makes the file, which is not there; the last record is that of the position or of a part."""
         parts = self._mended_parts(None)
         last = self._last_before(position, parts, None)
         before = self._named(position, parts) or next((part for part in reversed(parts) if part.ours), None)
@@ -906,7 +653,7 @@ class SharedFile:
         """How many bytes of these lines may be appended now: whole lines, at least one. Rotates first if none fits."""
         if not self._rotate_bytes:
             return len(lines)
-        room = self._rotate_bytes - os.fstat(self._descriptor).st_size
+        room = self._rotate_bytes - self._size
         first = lines.find(b"\n") + 1
         if self._first and room < first:
             self.rotate()
@@ -936,68 +683,6 @@ class SharedFile:
         for match in found:
             if match[1] in old:
                 self._folder.unlink(match[0])
-
-    # -- for reconcile
-
-    def mended_parts(self, folder: Folder) -> list[Part]:
-        """All parts in order; the last one ends in a whole record. Raises Unusable unless each begins after the end of
-        the one before, and the file itself is the last: a copy that lies in the folder must not be cut in its place."""
-        self._folder = folder
-        for part in self._parts()[-1:]:
-            self._last_of(part, mend=True)
-        parts = self._parts()
-        for part, following in pairwise(parts):
-            end = None if part.compressed else self._last_of(part)
-            if part.name == self._name or following.first <= (end.created if end else part.first):
-                raise Unusable(f"{part.path} and {following.path} do not follow on each other: is one of them a copy?"
-                               " Move it out of the folder")  # fmt: skip
-        return parts
-
-    def was_cut(self, last: Record) -> bool:
-        """Whether the position is ahead of the last record that is left, as a reconcile was killed in its cut. Raises
-        Unusable if it is ahead for another reason."""
-        position = self.position(self._folder)
-        if not position or position.created <= last.created:
-            return False
-        if position.record and any(matches(position.record.line, line) for line in self._cut_lines()):
-            return True
-        raise Unusable(f"{self.path} was written up to {position.created}, and no file in its folder has what is"
-                       f" behind {last.created}: bring that part back, and run this again")  # fmt: skip
-
-    def _cut_lines(self) -> set[bytes]:
-        try:
-            with open(f"{self._name}.cut", "rb", opener=self._folder.open) as file:
-                return {line for line in file if line.endswith(b"\n")}
-        except FileNotFoundError:
-            return set()
-
-    def keep(self, lines: Iterator[bytes]) -> None:
-        """Adds lines to FILE_NAME.cut, each once, to disk. What a kill has torn there is cut off, and added whole."""
-        known = self._cut_lines()
-        with open(f"{self._name}.cut", "a+b", opener=self._folder.open) as file:
-            content_end = file.seek(0, os.SEEK_END)
-            torn = len(read_tail(file.fileno(), file.name).rpartition(b"\n")[2]) if content_end else 0
-            file.seek(content_end - torn)
-            file.truncate()
-            file.writelines(line for line in lines if line not in known)
-            file.flush()
-            os.fsync(file.fileno())
-        self._folder.sync()
-
-    def cut_behind(self, common: Common) -> None:
-        """Cuts all behind that record: the newest part first, the position last."""
-        for part, end in (*((part, 0) for part in reversed(common.behind)), (common.part, common.end)):
-            descriptor = self._folder.open(part.name, os.O_RDWR)
-            try:
-                flock(descriptor, part.path)
-                os.ftruncate(descriptor, end)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            if not end and part.name != self._name:
-                self._folder.unlink(part.name)
-        self._write_position(common.record, common.part.identity, common.part.first)
-        self._folder.sync()
 
     # -- the position
 
@@ -1032,6 +717,245 @@ class SharedFile:
 
 def later(one: Record | None, other: Record | None) -> Record | None:
     return max((record for record in (one, other) if record), key=lambda record: record.created, default=None)
+
+
+# ---- The lock -------------------------------------------------------------------------------------------------------
+
+
+class Turn:
+    """The right to write, marked by a lock file: made with O_EXCL at the start of writing, removed at its end.
+
+    Why there are never two writers:
+      * Who owns the lock file is whoever holds the flock of the very file that is at the path (same device and inode),
+        whoever made it. Making and locking are two steps; a process stopped between them finds, when it goes on, the
+        flock taken, or its file no longer at the path, and has no turn.
+      * Only the owner removes the file, as its last act. Who then gets the flock of the removed file finds it gone
+        from the path.
+      * The kernel drops the flocks of a process that dies, however it dies, so a leftover file is free at once, with
+        no age, pid or clock to go by. A stopped owner keeps it: nobody writes beside it.
+      * The lock file may be removed by hand while it is held; then a second one can be made and owned. So a turn also
+        needs the flock of the folder itself, which has no name in it that could be removed or renamed. It is held from
+        before the shared file is opened until after it is closed: there the two owners meet, whatever happens to names.
+    tests/test_lock_model.py goes through all orders of these system calls, with kills, removals and renames, and
+    finds two writers only where the folder's flock is left out.
+    """
+
+    def __init__(self, directory: str, file_name: str) -> None:
+        self.path = os.path.join(directory, f"{file_name}.lock")
+        self.blocked_by = ""  # what another process has, if there was no turn
+        self._directory = directory
+        self._name = f"{file_name}.lock"
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[Folder | None]:
+        """The folder, if the turn is ours; else None. Does not wait. Raises Unusable or OSError."""
+        with contextlib.closing(Folder(self._directory)) as folder:
+            lock = self._open(folder)
+            try:
+                owned = self._owns(folder, lock)
+                try:
+                    yield folder if owned and self._has(folder) else None
+                finally:
+                    if owned and self._owns(folder, lock):  # else somebody removed it, and another one's may be there
+                        with contextlib.suppress(FileNotFoundError):  # or removes it at this very moment
+                            folder.unlink(self._name)
+            finally:
+                os.close(lock)
+
+    def _open(self, folder: Folder) -> int:
+        while True:
+            try:
+                return folder.open(self._name, os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                try:
+                    return folder.open(self._name, os.O_RDONLY)
+                except FileNotFoundError:
+                    continue  # its owner has removed it meanwhile
+                except OSError as error:
+                    raise Unusable(f"{self.path} is no lock file of ours ({error.strerror}); remove it") from error
+
+    def _owns(self, folder: Folder, lock: int) -> bool:
+        try:
+            flock(lock, self.path)
+            return os.path.samestat(os.fstat(lock), folder.stat(self._name))
+        except (BlockingIOError, FileNotFoundError):
+            self.blocked_by = f"another process has {self.path}"
+            return False
+
+    def _has(self, folder: Folder) -> bool:
+        try:
+            fcntl.flock(folder.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            self.blocked_by = (
+                f"another process has the folder {self._directory}, where {self._name} may have been removed under it,"
+                " or for another file"
+            )
+            return False
+
+
+# ---- Fetching -------------------------------------------------------------------------------------------------------
+
+
+class Refused(http.client.HTTPException):
+    """The backend answered, but not with what was asked for."""
+
+    status = 0
+    retry_after_seconds = 0.0  # its own wish, if it had one
+    kept_from = ""  # of a 410: what was stored before is deleted
+
+
+class Missing(Exception):
+    """The database does not have the record that the next one would follow on. The message says what it has."""
+
+    def __init__(self, record: Record, found: str, kept_from: str = "") -> None:
+        super().__init__(f"the database has {found}")
+        self.record = record
+        self.kept_from = kept_from  # what was stored before is deleted; "" if that is not why
+
+
+class Interrupted(Exception):
+    """A signal came while the backend was asked or read from."""
+
+
+UNREACHABLE = (OSError, http.client.HTTPException, ValueError)  # raised by a Source if the backend cannot be had now
+
+
+class Source:
+    """The backend. What it has said of the database, besides the records, stays here."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.newest = ""  # `created` of the database's newest record; "" if the backend does not say it
+        self.kept_from = ""  # records before it were deleted; "" if none were
+        self._address = urlsplit(settings.url)
+        self._token = settings.api_token
+
+    def follow(self, last: Record | None, date_from: str = EPOCH, date_to: str = "") -> Iterator[bytes]:
+        """The records after `last`, or all from `date_from` on (from `kept_from`, if that is later), for ever, in whole
+        lines; b"" when there are none now.
+
+        Each request asks from the last record on, including it, and takes what follows only if that one comes first,
+        so it does not matter what becomes of the database between two requests, nor where a reply breaks off: a line
+        without its line feed is not used. Raises Missing, or UNREACHABLE.
+        """
+        border = ""  # where to go on if `last` was the last one that was deleted for its age: nothing is missed then
+        with contextlib.closing(self._connect()) as connection:
+            while True:
+                known, awaited = last, None if border else last
+                start = border or (last.created if last else date_from)
+                window = f"date_from={start}" + (f"&date_to={date_to}" if date_to else "")
+                try:
+                    with self._get(connection, window, last) as response:
+                        for lines in whole_lines(response):
+                            if awaited:
+                                lines, awaited = behind(awaited, lines), None
+                            if lines:
+                                check(lines, last.created if last else "")
+                                last, border = last_record(lines), ""
+                                yield lines
+                    if awaited:
+                        raise Missing(awaited, "nothing from then on")
+                except http.client.IncompleteRead:
+                    connection.close()
+                    if last is known:
+                        raise
+                except Missing as missing:
+                    if border or missing.kept_from != just_after(missing.record.created):
+                        raise
+                    border = missing.kept_from
+                    continue
+                except Refused as error:
+                    if last or not error.kept_from:
+                        raise
+                    date_from = self.kept_from = error.kept_from
+                    continue
+                if last is known:
+                    yield b""
+
+    def post(self, items: Sequence[Mapping[str, str]]) -> None:
+        """Stores lines under their own ids. Raises UNREACHABLE unless each is stored, or was there already."""
+        body = json.dumps(items).encode()
+        with contextlib.closing(self._connect()) as connection:
+            connection.request("POST", self._address.path or "/", body, self._headers({"Content-Type": JSON}))
+            with connection.getresponse() as response:
+                answer = refused(response) if response.status not in (200, 201) else json.load(response)
+        if isinstance(answer, Refused):
+            raise answer
+        if answer["rejected"] or answer["accepted"] + answer["duplicates"] != len(items):
+            raise ValueError(f"the backend did not take all records: {json.dumps(answer)[:500]}")
+
+    def _connect(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
+        return kind(self._address.netloc, timeout=HTTP_SECONDS)
+
+    def _headers(self, headers: dict[str, str]) -> dict[str, str]:
+        return headers | ({"Authorization": f"Bearer {self._token}"} if self._token else {})
+
+    def _get(
+        self, connection: http.client.HTTPConnection, window: str, last: Record | None
+    ) -> http.client.HTTPResponse:
+        connection.request("GET", f"{self._address.path or '/'}?{window}", headers=self._headers({"Accept": NDJSON}))
+        response = connection.getresponse()
+        if response.status == 200 and response.headers.get_content_type() == NDJSON:
+            newest = response.headers.get("Newest", "")
+            self.newest = newest if re.fullmatch(CREATED, newest) else ""
+            self.kept_from = response.headers.get("Kept-From", self.kept_from)
+            return response
+        error = refused(response)
+        if last and error.kept_from:
+            raise Missing(last, f"deleted what was stored before {error.kept_from}", error.kept_from)
+        raise error
+
+
+def refused(response: http.client.HTTPResponse) -> Refused:
+    """What the backend said instead, as an exception."""
+    text = response.read(4096).decode(errors="replace")
+    error = Refused(f"answer {response.status} ({response.headers.get_content_type()}): {' '.join(text.split())[:500]}")
+    error.status = response.status
+    if re.fullmatch("[0-9]{1,4}", wish := response.headers.get("Retry-After", "")):
+        error.retry_after_seconds = float(wish)
+    if response.status == 410 and (found := re.search(r'"kept_from" *: *"([^"]+)"', text)):
+        error.kept_from = found[1]
+    return error
+
+
+def behind(known: Record, lines: bytes) -> bytes:
+    """What follows on a record that has to come first. Raises Missing; ValueError for what was not asked for."""
+    first, line_feed, rest = lines.partition(b"\n")
+    first += line_feed
+    if not created_of(first) or created_of(first) < known.created:
+        raise ValueError("the answer is not a list of the records that were asked for")
+    if created_of(first) != known.created or not matches(known.line, first):
+        raise Missing(known, f"{name_of(first)} in its place")
+    return rest
+
+
+def check(lines: bytes, after: str) -> None:
+    """Raises ValueError unless these are records, each later than the one before and than `after`."""
+    created = RECORD.findall(lines)
+    if not len(created) == lines.count(RECORD_START) == lines.count(b"\n"):
+        raise ValueError("the answer is not a list of records")
+    if created[0].decode() <= after or not all(map(lt, created, created[1:])):
+        raise ValueError("the records are not in the order of `created`")
+    json.loads(last_record(lines).line)  # the one that is compared with others: a ValueError as well
+
+
+def whole_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The reply in portions, as it comes. Raises IncompleteRead at its end if it broke off."""
+    rest, broken = b"", False
+    while not (broken or response.isclosed()):
+        try:
+            data = rest + response.read(PORTION_BYTES)
+        except http.client.IncompleteRead as error:
+            data, broken = rest + error.partial, True
+        end = data.rfind(b"\n") + 1
+        rest = data[end:]
+        if len(rest) > LINE_BYTES:
+            raise ValueError("the answer is not a list of records")
+        if end:
+            yield data[:end]
+    if broken or rest or response.length:  # where less has come than its Content-Length, `read` does not tell
+        raise http.client.IncompleteRead(rest)
 
 
 # ---- The exporter ---------------------------------------------------------------------------------------------------
@@ -1338,6 +1262,80 @@ class Impossible(Exception):
     """Nothing was changed, or not all. The message says why, and what to do."""
 
 
+@dataclass(frozen=True)
+class Common:
+    """Up to where the files and the database agree."""
+
+    record: Record
+    part: Part  # that has it
+    end: int  # of the record, in that part
+    behind: list[Part]  # newer ones, which are not common at all
+
+
+class ReconciledFile(SharedFile):
+    """The shared file and its parts, of which the end may be cut off."""
+
+    def mended_parts(self, folder: Folder) -> list[Part]:
+        """All parts in order; the last one ends in a whole record. Raises Unusable unless each begins after the end of
+        the one before, and the file itself is the last: a copy that lies in the folder must not be cut in its place."""
+        self._folder = folder
+        for part in self._parts()[-1:]:
+            self._last_of(part, mend=True)
+        parts = self._parts()
+        for part, following in pairwise(parts):
+            end = None if part.compressed else self._last_of(part)
+            if part.name == self._name or following.first <= (end.created if end else part.first):
+                raise Unusable(f"{part.path} and {following.path} do not follow on each other: is one of them a copy?"
+                               " Move it out of the folder")  # fmt: skip
+        return parts
+
+    def was_cut(self, last: Record) -> bool:
+        """Whether the position is ahead of the last record that is left, as a reconcile was killed in its cut. Raises
+        Unusable if it is ahead for another reason."""
+        position = self.position(self._folder)
+        if not position or position.created <= last.created:
+            return False
+        if position.record and any(matches(position.record.line, line) for line in self._cut_lines()):
+            return True
+        raise Unusable(f"{self.path} was written up to {position.created}, and no file in its folder has what is"
+                       f" behind {last.created}: bring that part back, and run this again")  # fmt: skip
+
+    def _cut_lines(self) -> set[bytes]:
+        try:
+            with open(f"{self._name}.cut", "rb", opener=self._folder.open) as file:
+                return {line for line in file if line.endswith(b"\n")}
+        except FileNotFoundError:
+            return set()
+
+    def keep(self, lines: Iterator[bytes]) -> None:
+        """Adds lines to FILE_NAME.cut, each once, to disk. What a kill has torn there is cut off, and added whole."""
+        known = self._cut_lines()
+        with open(f"{self._name}.cut", "a+b", opener=self._folder.open) as file:
+            content_end = file.seek(0, os.SEEK_END)
+            torn = len(read_tail(file.fileno(), file.name).rpartition(b"\n")[2]) if content_end else 0
+            file.seek(content_end - torn)
+            file.truncate()
+            file.writelines(line for line in lines if line not in known)
+            file.flush()
+            os.fsync(file.fileno())
+        self._folder.sync()
+
+    def cut_behind(self, common: Common) -> None:
+        """Cuts all behind that record: the newest part first, the position last."""
+        for part, end in (*((part, 0) for part in reversed(common.behind)), (common.part, common.end)):
+            descriptor = self._folder.open(part.name, os.O_RDWR)
+            try:
+                flock(descriptor, part.path)
+                os.ftruncate(descriptor, end)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if not end and part.name != self._name:
+                self._folder.unlink(part.name)
+        self._write_position(common.record, common.part.identity, common.part.first)
+        self._folder.sync()
+
+
 def reconcile(settings: Settings, dry_run: bool, agreed: bool) -> int:
     """Gives back to the database what it lost and the file still has; the exit status.
 
@@ -1347,7 +1345,7 @@ def reconcile(settings: Settings, dry_run: bool, agreed: bool) -> int:
     oldest, so what is left is always a prefix of what was there; exporters that find it half done stop, as .position is
     ahead until the end, or go on from where the files end, which is then in the database.
     """
-    turn, file = Turn(settings.directory, settings.file_name), SharedFile(settings.directory, settings.file_name)
+    turn, file = Turn(settings.directory, settings.file_name), ReconciledFile(settings.directory, settings.file_name)
     deadline = time.monotonic() + TURN_SECONDS
     try:
         while True:
@@ -1365,7 +1363,7 @@ def reconcile(settings: Settings, dry_run: bool, agreed: bool) -> int:
     return 1
 
 
-def reconcile_in(folder: Folder, settings: Settings, file: SharedFile, agreed: bool | None) -> int:
+def reconcile_in(folder: Folder, settings: Settings, file: ReconciledFile, agreed: bool | None) -> int:
     """In the turn: finds what is to be done, says it, asks unless `agreed`, and does it. None: only says it."""
     source = Source(settings)
     parts = file.mended_parts(folder)
