@@ -38,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from queue import LifoQueue
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -67,6 +68,8 @@ MAX_BATCH_LINES = 10_000  # one statement of this size holds the stamping lock f
 MAX_JSON_VALUES = 8 * MAX_BATCH_LINES  # a line with an id has 4; a list of nothing takes 20 times its text in memory
 MAX_URI_BYTES = 8192
 MAX_LIMIT = 1_000_000
+MAX_BUCKETS = 1_000
+MAX_TOP = 100
 MAX_HEAD_BYTES = 32 * 1024  # with all headers
 CHUNK_LINE_BYTES = 8192  # a chunk's size with its extensions; all trailers
 
@@ -97,6 +100,7 @@ SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary f
 QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
 PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 PART_BYTES = 1024**2  # its text may have no more: where records are longer, a part has fewer of them
+STATS_ROWS = 1_000_000  # that are counted by address and by URI: the newest of a window, a second's work
 FIRST_PART_SECONDS = 1.0  # where matches are rare, a reply begins before its first part is full
 RECEIVE_BYTES = 128 * 1024  # taken from a connection at a time, of a body
 FIRST_RECEIVE_BYTES = 16 * 1024  # the same of anything else
@@ -119,6 +123,11 @@ DAY_SECONDS = 86_400.0
 EXPIRY_PAUSE_SECONDS = 60.0  # between two looks for what has expired, which goes so much late at most
 EXPIRY_STEP_ROWS = 1_000  # deleted in one transaction: some ms, for which a line sent again under such an id waits
 EXPIRY_REST = 4  # after each step, times what it took: some 50,000 records/s go, and storing keeps its pace
+
+# Counting by minute
+COUNTING_PAUSE_SECONDS = 10.0  # what came since is counted by each GET of /api/stats that is about it
+COUNTING_STEP_ROWS = 50_000  # counted in one transaction: some 50 ms, for which a step of retention waits
+COUNTING_REST = 2  # after each step, times what it took: ten million records take a minute
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
@@ -450,6 +459,7 @@ SCHEMA_READY = """
 SELECT to_regprocedure('store_logs_v2(uuid[],inet[],text[],text[],smallint[])') IS NOT NULL
        AND to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL
        AND to_regprocedure('window_end_v2(timestamptz,timestamptz)') IS NOT NULL
+       AND to_regprocedure('count_minutes_v1(integer)') IS NOT NULL
 """
 SECONDS_AHEAD = "SELECT seconds_ahead_v1()"
 
@@ -478,6 +488,31 @@ SELECT count, next_from, kept_from_v1(), bytes, part
            %(rows)s::integer, %(separator)s::text, %(bytes)s::integer
        )
 """
+
+STATS_WINDOW = """
+SELECT window_end, oldest, newest, kept_from
+  FROM stats_window_v1(%(date_from)s::timestamptz, %(date_to)s::timestamptz)
+"""
+# As of one snapshot, `kept_from` included: see migrations/0011.create-stats.sql.
+STATS = """
+SELECT kept_from_v1(),
+       stats_counts_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           %(edges)s::timestamptz[], %(rows)s::integer
+       ),
+       stats_top_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           'ip', %(top)s::integer, %(rows)s::integer
+       ),
+       stats_top_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           'uri', %(top)s::integer, %(rows)s::integer
+       )
+"""
+COUNT_MINUTES = "SELECT counted FROM count_minutes_v1(%(rows)s)"
 
 DELETE_EXPIRED = "SELECT deleted FROM delete_expired_v1(make_interval(secs => %(seconds)s), %(rows)s)"
 
@@ -870,53 +905,56 @@ def describe_lead(seconds: float) -> str:
     return f"{seconds:,.0f} s ahead of the database's clock: it was set back, or was wrong when records were stored"
 
 
-# ---- Retention ------------------------------------------------------------------------------------------------------
+# ---- In the background: retention and counting ----------------------------------------------------------------------
+
+# One thread for each, that does what is due in small steps with a rest after each: so much of the time of one session
+# goes into it, however much there is to do. Each step is one statement and one transaction: wherever this process is
+# killed, what is done and how far it got agree. Of all processes one works at a time (delete_expired_v1,
+# count_minutes_v1); the others skip the round.
 
 
-class Retention:
-    """One thread that deletes what has expired, in small steps with a longer rest after each: a fifth of the time of
-    one session goes into it, however much there is to delete.
-
-    Each step is one statement and one transaction: wherever this process is killed, what is deleted and `kept_from`
-    agree. Of all processes one deletes at a time (delete_expired_v1); the others skip the round.
-    """
-
-    def __init__(self, session: Session, days: int) -> None:
-        self._session, self._days = session, days
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="retention", daemon=True).start()
-
-    def _run(self) -> None:
+def start_chore(name: str, do_what_is_due: Callable[[], None], pause_seconds: float) -> None:
+    def run() -> None:
         while True:
             try:
-                self.delete_expired()
+                do_what_is_due()
             except Unavailable as error:
-                log.debug("retention: %s", error.description)  # the session has told the outage
+                log.debug("%s: %s", name, error.description)  # the session has told the outage
             except Exception:
-                log.exception("deleting expired records failed; trying again in %.0f s", EXPIRY_PAUSE_SECONDS)
-            time.sleep(EXPIRY_PAUSE_SECONDS)
+                log.exception("%s failed; trying again in %.0f s", name, pause_seconds)
+            time.sleep(pause_seconds)
 
-    def delete_expired(self) -> None:
-        """All that has expired, or until another process is found deleting. Raises Unavailable."""
-        total, began = 0, time.monotonic()
-        try:
-            while deleted := self._step():
-                if not total:
-                    log.info("retention: deleting records older than RETENTION_DAYS=%d", self._days)
-                total += deleted
-        finally:
-            if total:
-                log.info("retention: deleted %d records in %.1f s", total, time.monotonic() - began)
+    threading.Thread(target=run, name=name, daemon=True).start()
 
-    def _step(self) -> int | None:
-        """How many records were deleted; None: another process is deleting."""
-        began = time.monotonic()
-        parameters = {"seconds": self._days * DAY_SECONDS, "rows": EXPIRY_STEP_ROWS}
-        [deleted] = self._session.query(DELETE_EXPIRED, parameters)
-        if deleted:
-            time.sleep(EXPIRY_REST * (time.monotonic() - began))
-        return deleted  # type: ignore[no-any-return]
+
+def take_step(session: Session, statement: str, parameters: Mapping[str, Any], rest: int) -> int | None:
+    """How many records were in it; None: another process does it. `rest` is how many times as long as the step."""
+    began = time.monotonic()
+    [count] = session.query(statement, parameters)
+    if count:
+        time.sleep(rest * (time.monotonic() - began))
+    return count  # type: ignore[no-any-return]
+
+
+def delete_expired(session: Session, days: int) -> None:
+    """All that has expired, or until another process is found deleting. Raises Unavailable."""
+    total, began = 0, time.monotonic()
+    parameters = {"seconds": days * DAY_SECONDS, "rows": EXPIRY_STEP_ROWS}
+    try:
+        while deleted := take_step(session, DELETE_EXPIRED, parameters, EXPIRY_REST):
+            if not total:
+                log.info("retention: deleting records older than RETENTION_DAYS=%d", days)
+            total += deleted
+    finally:
+        if total:
+            log.info("retention: deleted %d records in %.1f s", total, time.monotonic() - began)
+
+
+def count_minutes(session: Session) -> None:
+    """All records that are not in the table of minutes yet, or until another process is found counting. Raises
+    Unavailable."""
+    while take_step(session, COUNT_MINUTES, {"rows": COUNTING_STEP_ROWS}, COUNTING_REST):
+        pass
 
 
 # ---- Storing: POST --------------------------------------------------------------------------------------------------
@@ -1092,7 +1130,8 @@ A_DATE = (
     "a date such as 2026-11-23 or 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds"
     " (20261123 could be either: write 2026-11-23, or 20261123.0)"
 )
-PARAMETERS: dict[str, tuple[range | str | Callable[[str], Any], str]] = {
+Parameter = tuple[range | str | Callable[[str], Any], str]
+PARAMETERS: dict[str, Parameter] = {
     "date_from": (parse_date, A_DATE),
     "date_to": (parse_date, A_DATE),
     "limit": (range(1, MAX_LIMIT + 1), f"a whole number from 1 to {MAX_LIMIT}"),
@@ -1106,13 +1145,13 @@ NEEDS_HTTP_1_1 = (
 NO_PLACE = f"Too many large exports are running; retry, or ask for limit={PART_ROWS} at most."
 
 
-def parse_window(query: Mapping[str, Any]) -> dict[str, Any]:
+def parse_window(query: Mapping[str, Any], parameters: Mapping[str, Parameter] = PARAMETERS) -> dict[str, Any]:
     """The parameters of a GET; None for what is not given, but date_from. Raises 400 with the name of what is wrong."""
-    window: dict[str, Any] = dict.fromkeys(PARAMETERS) | {"date_from": EPOCH}
+    window: dict[str, Any] = dict.fromkeys(parameters) | {"date_from": EPOCH}
     for name, text in query.items():
-        if name not in PARAMETERS or not isinstance(text, str):
-            raise BadRequest(f"Unknown or repeated parameter {name[:80]!r}; those known are {', '.join(PARAMETERS)}.")
-        rule, wanted = PARAMETERS[name]
+        if name not in parameters or not isinstance(text, str):
+            raise BadRequest(f"Unknown or repeated parameter {name[:80]!r}; those known are {', '.join(parameters)}.")
+        rule, wanted = parameters[name]
         try:
             window[name] = read_value(rule, text)
         except ValueError:
@@ -1281,6 +1320,79 @@ class Places:
             return min(slow, key=lambda reader: reader.pace or 0, default=None)
 
 
+# ---- Counting: GET /api/stats ---------------------------------------------------------------------------------------
+
+MINUTE = timedelta(minutes=1)
+STATS_PARAMETERS: dict[str, Parameter] = {
+    **{name: parameter for name, parameter in PARAMETERS.items() if name != "limit"},
+    "buckets": (range(1, MAX_BUCKETS + 1), f"a whole number from 1 to {MAX_BUCKETS}"),
+    "top": (range(MAX_TOP + 1), f"a whole number from 0 to {MAX_TOP}"),
+}
+STATS_DEFAULTS = {"buckets": 60, "top": 10}
+
+
+def parse_stats(query: Mapping[str, Any]) -> dict[str, Any]:
+    """As parse_window."""
+    asked = parse_window(query, STATS_PARAMETERS)
+    return asked | {name: default for name, default in STATS_DEFAULTS.items() if asked[name] is None}
+
+
+def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a window. Raises Unavailable, Gone.
+
+    What is counted ends where /api/data's window ends, below which nothing will ever be added; so the two statements
+    speak of the same records, unless some are deleted in between. If that are records which were asked for by their
+    date, it is told, as Window does.
+    """
+    window_end, oldest, newest, kept_from = read(STATS_WINDOW, asked)
+    all_kept = asked["date_from"] <= EPOCH
+    date_from, date_to = asked["date_from"], asked["date_to"]
+    if date_to is None:
+        date_to = max(datetime.now(UTC), date_from, (newest or EPOCH) + MICROSECOND)
+    if all_kept:  # from the first record's minute on; not before what is kept, so that it can be asked for
+        first = date_to if oldest is None else max(oldest - (oldest - EPOCH) % MINUTE, kept_from or EPOCH)
+        date_from = min(first, date_to)
+    edges = edges_of(date_from, date_to, asked["buckets"])
+    window = {**asked, "date_from": date_from, "date_to": window_end, "edges": edges[1:-1], "rows": STATS_ROWS}
+    kept_from, counts, ips, uris = read(STATS, window)
+    if kept_from is not None and kept_from > date_from and not all_kept:
+        raise Gone(kept_from)
+    methods = sorted(counts["methods"] or (), key=lambda one: (-one[1], one[0]))
+    total = sum(count for _, count in methods)
+    return {
+        "date_from": format_date(date_from),
+        "date_to": format_date(date_to),
+        "total": total,
+        "methods": dict(methods),
+        "status_codes": {str(status): count for status, count in sorted(counts["status_codes"] or ())},
+        "buckets": as_buckets(counts["buckets"] or (), edges),
+        "top_ips": [{"ip": ip, "count": count} for ip, count in ips or ()],
+        "top_uris": [{"uri": uri, "count": count} for uri, count in uris or ()],
+        "top_of": min(total, STATS_ROWS),
+    }
+
+
+def edges_of(date_from: datetime, date_to: datetime, buckets: int) -> list[datetime]:
+    """Where buckets of the same width begin and end. Where that is a minute or more, the edges inside are rounded to
+    whole minutes, so every bucket keeps half a minute at least."""
+    span = (date_to - date_from) // MICROSECOND
+    edges = [date_from + span * n // buckets * MICROSECOND for n in range(buckets + 1)]
+    if span >= buckets * (MINUTE // MICROSECOND):
+        edges[1:-1] = [edge + MINUTE / 2 - (edge + MINUTE / 2 - EPOCH) % MINUTE for edge in edges[1:-1]]
+    return edges
+
+
+def as_buckets(counts: Sequence[tuple[int, int, int]], edges: Sequence[datetime]) -> list[dict[str, Any]]:
+    """The buckets of a reply, from [bucket, class of status, number of records] of those that are not 0."""
+    buckets: list[dict[str, Any]] = [
+        {"date_from": format_date(start), "date_to": format_date(end), **{f"{n}xx": 0 for n in range(1, 6)}}
+        for start, end in pairwise(edges)
+    ]
+    for bucket, status_class, count in counts:
+        buckets[bucket][f"{status_class}xx"] = count
+    return buckets
+
+
 # ---- Routes and access ----------------------------------------------------------------------------------------------
 
 HEALTH = "/api/health"
@@ -1290,7 +1402,7 @@ PUBLIC = (HEALTH, "/readyz", "/docs", "/docs/assets/{file}", "/docs/openapi.json
 
 
 class Api:
-    """What is asked of the database: POST stores lines, GET returns windows of records."""
+    """What is asked of the database: POST stores lines, GET returns windows of records, or counts them."""
 
     def __init__(self, database: Database, places: Places) -> None:
         self._database = database
@@ -1336,6 +1448,10 @@ class Api:
             if moment is not None:
                 response.set_header(name, format_date(moment))
 
+    def on_get_stats(self, request: falcon.Request, response: falcon.Response) -> None:
+        asked = parse_stats(request.params)
+        response.data = json.dumps(read_stats(self._database.read, asked)).encode()
+
     def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
         """The database answers and has the schema."""
         if not self._database.read(SCHEMA_READY)[0]:
@@ -1350,7 +1466,7 @@ class Api:
         """The process is alive."""
         response.data = b'{"successful": true}'
 
-    on_head, on_head_ready, on_head_health = on_get, on_get_ready, on_get_health
+    on_head, on_head_stats, on_head_ready, on_head_health = on_get, on_get_stats, on_get_ready, on_get_health
 
 
 class Files:
@@ -1435,6 +1551,7 @@ def create_app(database: Database, places: Places, settings: Settings) -> falcon
     api = Api(database, places)
     page = Files(*sorted((HERE / "static/swagger-ui").iterdir(), key=lambda file: file.name != "index.html"))
     app.add_route("/api/data", api)
+    app.add_route("/api/stats", api, suffix="stats")
     app.add_route(HEALTH, api, suffix="health")
     app.add_route("/readyz", api, suffix="ready")
     app.add_route("/docs", page)
@@ -1453,7 +1570,10 @@ WAITRESS_NAMES = {
     waitress.receiver.ChunkedReceiver: (
         "received", "control_line", "trailer", "chunk_remainder", "validate_chunk_end", "all_chunks_received", "getbuf",
     ),
-    waitress.task.Task: ("start", "has_body", "set_close_on_finish"),
+    waitress.task.Task: (
+        "build_response_header", "complete", "content_bytes_written", "content_length", "has_body",
+        "set_close_on_finish", "start", "write", "wrote_header",
+    ),
     waitress.task.WSGITask: ("get_environment", "service"),
     waitress.task.ErrorTask: ("execute",),
     waitress.task.ThreadedTaskDispatcher: ("add_task", "set_thread_count"),
@@ -1642,6 +1762,8 @@ class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
 class Task(waitress.task.WSGITask):  # type: ignore[misc]
     """Has the application answer a request."""
 
+    wrote_header: bool
+
     def start(self) -> None:
         super().start()
         if not self.request.completed:  # answered by its head: the connection cannot be used on
@@ -1654,6 +1776,16 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
 
     def get_environment(self) -> dict[str, Any]:
         return {**super().get_environment(), REQUEST: self.request, CHANNEL: self.channel}
+
+    def write(self, data: bytes) -> None:
+        """The head of a short answer goes out with its body: in one packet, by one system call."""
+        whole = self.complete and self.has_body and 0 < len(data) <= OUTBUF_BYTES and len(data) == self.content_length
+        if self.wrote_header or not whole:
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header, self.content_bytes_written = True, len(data)
+        self.channel.write_soon(head + data)
 
 
 class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
@@ -2235,9 +2367,12 @@ def make_server(settings: Settings, conninfo: str, listener: socket.socket) -> S
     app = create_app(database, places, settings)  # the threads that no export can have are left for other GETs
     server = Server(app, GroupCommit(database.storing), places, settings.threads, listener)
     server.start(settings.threads)
+    goes_on = "%s fails: %s; it goes on when that works again"
+    counting = Session(conninfo, Outage("counting records", goes_on))
+    start_chore("counting", partial(count_minutes, counting), COUNTING_PAUSE_SECONDS)
     if settings.retention_days:
-        outage = Outage("deleting expired records", "%s fails: %s; it goes on when that works again")
-        Retention(Session(conninfo, outage), settings.retention_days).start()
+        deleting = Session(conninfo, Outage("deleting expired records", goes_on))
+        start_chore("retention", partial(delete_expired, deleting, settings.retention_days), EXPIRY_PAUSE_SECONDS)
     return server
 
 
