@@ -450,7 +450,7 @@ SELECT first_created, known, known_created, conflicting, ahead_seconds
     )
 )
 
-NEWEST = "SELECT coalesce(max(created), '-infinity') FROM logs"
+NEWEST = "SELECT coalesce(newest, '-infinity') FROM window_end_v2('-infinity', NULL)"  # whose search path is its own
 # Constraints that a stamp can violate, not a line: somebody wrote past store_logs_v2, or the clock is absurd
 STAMP_CONSTRAINTS = ("logs_created_key", "logs_created_range")
 STAMP_ADVICE = "see the newest rows (SELECT * FROM logs ORDER BY created DESC LIMIT 10) and the server's clock"
