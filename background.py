@@ -331,9 +331,14 @@ def access_list(descriptor: int) -> bytes:
 
 def lines_of(folder: Folder, part: Part) -> Iterator[bytes]:
     """Raises Unusable for a compressed part that is broken, and where another file has come to its name."""
-    with open(part.name, "rb", opener=folder.open) as file:
+    gone = Unusable(f"{part.path} was renamed, replaced or deleted meanwhile; try again")
+    try:
+        file = open(part.name, "rb", opener=folder.open)  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise gone from error
+    with file:
         if identity(os.fstat(file.fileno())) != part.identity:
-            raise Unusable(f"{part.path} was renamed or replaced meanwhile; run this again")
+            raise gone
         try:
             lines = gzip.GzipFile(fileobj=file) if part.compressed else file
             yield from iter(lambda: lines.readline(LINE_BYTES), b"")
@@ -1228,7 +1233,8 @@ def verify(settings: Settings, date_from: str = EPOCH, date_to: str = "") -> int
 def describe(stored: bytes, shared: bytes) -> str:
     in_database, in_file = (created_of(line) or "the end" for line in (stored, shared))  # which sorts after any time
     if in_database < in_file:
-        return f"the file lacks {shown(stored)}"
+        still = "" if shared else " (its end: where exporters run, they may not have written it yet)"
+        return f"the file lacks {shown(stored)}{still}"
     if in_file < in_database:
         return f"the database lacks {shown(shared)}"
     return f"a record differs: file {shown(shared)} database {shown(stored)}"
