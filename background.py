@@ -1504,7 +1504,7 @@ def run(exporter: Exporter, signals: int) -> int:
                 say_progress(exporter, exporter.written - said, time.monotonic() - said_at)
                 said, said_at = exporter.written, time.monotonic()
     except Interrupted:
-        pass
+        pass  # by a signal: what was being fetched can be fetched again
     except TooLate as error:
         log.error("%s", error)
         status = 1
