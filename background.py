@@ -1218,16 +1218,15 @@ def verify(settings: Settings, date_from: str = EPOCH, date_to: str = "") -> int
                 if not stored or not shared or not matches(shared, stored):
                     raise Difference(f"after {count} equal records {describe(stored, shared)}")
                 count += 1
+        verdict, status = f"equal: {count} records", 0
     except Difference as difference:
-        print(f"not equal: {difference}")
+        verdict, status = f"not equal: {difference}", 1
     except (*UNREACHABLE, Missing) as error:
-        print(f"cannot compare: {error}")
-    else:
-        if source.kept_from:
-            print(f"compared from {source.kept_from} on: the database has deleted what was before")
-        print(f"equal: {count} records")
-        return 0
-    return 1
+        verdict, status = f"cannot compare: {error}", 1
+    if source.kept_from:
+        print(f"compared from {source.kept_from} on: the database has deleted what was before")
+    print(verdict)
+    return status
 
 
 def describe(stored: bytes, shared: bytes) -> str:
