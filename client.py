@@ -1726,7 +1726,8 @@ class FollowedFile:
                     file, final = open_member(path, head)
                 except (OSError, EOFError, zlib.error, ValueError):  # gone again, or not readable: it is not found
                     continue
-                if is_same(file, state):
+                another = state.left_at and not state.offset and os.fstat(file).st_mtime_ns != state.modified
+                if is_same(file, state) and not another:  # it was empty: by its time it is read in the right order
                     return OpenFile(file, replace(state, inode=inode, path=path), final)
                 os.close(file)
         return None
