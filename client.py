@@ -1463,14 +1463,37 @@ def bases_of(path: str) -> tuple[str, ...]:
     return tuple(os.path.join(folder, base) for base in (*bases, *([plain] if plain != name else [])))
 
 
+def suffix_of(path: str, base: str) -> str | None:
+    """What a rotation put behind the name of `base`, or before its ending; None if the file is no part of it.
+
+    access.log.1, access.log-20260101.gz and, with its date inside, access-20260101.log are parts of access.log.
+    """
+    (folder, name), (base_folder, base_name) = os.path.split(path), os.path.split(base)
+    stem, dot, ending = base_name.partition(".")
+    if folder != base_folder or not name.startswith(stem):
+        return None
+    plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), ""))
+    if plain.startswith(base_name) and (NUMBERED.fullmatch(plain, len(base_name)) or base_name == plain != name):
+        return plain[len(base_name) + 1 :]
+    inside = plain.removesuffix(dot + ending)
+    return inside[len(stem) + 1 :] if DATED.fullmatch(inside, len(stem)) else None
+
+
 def is_rotated(path: str, base: str) -> bool:
-    """access.log.1, access.log-20260101.gz and, with its date inside, access-20260101.log are parts of access.log."""
-    if base in bases_of(path):
-        return True
-    folder, name = os.path.split(path)
-    stem, dot, ending = os.path.basename(base).partition(".")
-    plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), "")).removesuffix(dot + ending)
-    return name.startswith(stem) and folder == os.path.dirname(base) and bool(DATED.fullmatch(plain, len(stem)))
+    return suffix_of(path, base) is not None
+
+
+def in_order(members: Iterable[tuple[int, str, str, int]]) -> list[tuple[int, str, int]]:
+    """The oldest first, from (time stamp, suffix, path, inode): numbers count up with age, dates go with time.
+
+    Time stamps tell where the names do not; one that was compressed may have any.
+    """
+    known = sorted(members)
+    if all(re.fullmatch("[0-9]{1,4}", suffix) for _, suffix, _, _ in known):
+        known.sort(key=lambda one: -int(one[1]))
+    elif all(re.match("(19|20)[0-9]{2}|[0-9]{9}", suffix) for _, suffix, _, _ in known):
+        known.sort(key=lambda one: one[1])
+    return [(modified, path, inode) for modified, _, path, inode in known]
 
 
 def open_regular(path: str) -> int:
@@ -1743,7 +1766,8 @@ class FollowedFile:
             with suppress(FileNotFoundError):
                 inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
                 older = modified < state.modified // SECOND * SECOND
-                copied = self._is_member(entry.path, state) and (not older or entry.name.endswith(".gz"))
+                member = self._suffix(entry.path, state) is not None
+                copied = member and (not older or entry.name.endswith(".gz"))
                 copied |= entry.path == os.path.realpath(self.path)
                 ours = self._journal.owns(entry.path)  # plain lines are the same there
                 if entry.is_file() and not ours and (inode == state.inode or copied):
@@ -1756,10 +1780,11 @@ class FollowedFile:
         folders = dict.fromkeys(os.path.realpath(os.path.dirname(path) or ".") for path in paths)
         return [entry for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)]
 
-    def _is_member(self, path: str, *states: FileState) -> bool:
-        names = {os.path.basename(one) for one in (self.path, os.path.realpath(self.path), *(s.path for s in states))}
-        folder = os.path.dirname(path)
-        return any(is_rotated(path, os.path.join(folder, name)) for name in names if name)
+    def _suffix(self, path: str, state: FileState) -> str | None:
+        """What a rotation put behind a name that this source has, or had; None if it is no part of it."""
+        names = {os.path.basename(one) for one in (self.path, os.path.realpath(self.path), state.path) if one}
+        found = (suffix_of(path, os.path.join(os.path.dirname(path), name)) for name in sorted(names, key=len))
+        return next((suffix for suffix in found if suffix is not None), None)
 
     def _look_for_newer(self) -> None:
         """Another file is at the path: it, and those that were there between, follow the newest one. Raises OSError."""
@@ -1802,9 +1827,10 @@ class FollowedFile:
                 packed = entry.name.endswith(COMPRESSED)
                 newer = (since // SECOND * SECOND if packed else since) <= status.st_mtime_ns <= until
                 unknown = status.st_ino not in inodes
-                if newer and unknown and entry.is_file() and self._is_member(entry.path, state):
-                    found.append((status.st_mtime_ns, entry.path, status.st_ino))
-        return sorted(found)
+                suffix = self._suffix(entry.path, state) if newer and unknown and entry.is_file() else None
+                if suffix is not None:
+                    found.append((status.st_mtime_ns, suffix, entry.path, status.st_ino))
+        return in_order(found)
 
     def _opened(self, members: Sequence[tuple[int, str, int]], known: Sequence[OpenFile]) -> list[OpenFile]:
         """Those that were never the newest when we looked, and were not read either, in their order. Raises OSError."""

@@ -243,6 +243,11 @@ class Containers(History):
     def finish(self) -> None:
         self._write_pieces(len(self._to_write))
 
+    def compress(self) -> None:
+        """With a later time stamp, a file of which nothing was read is found, but read too late for its pieces."""
+        if self.stamp != "now" or self.host.is_up:
+            super().compress()
+
     def copy_and_truncate(self) -> None:
         """No engine does that, nor what comes next."""
 
@@ -414,6 +419,23 @@ def test_a_new_file_of_equal_lines_is_no_edited_copy_of_a_compressed_one(host_of
     host.write(same)
     host.settle()
     assert host.journalled == same * 2 + same[:5]
+
+
+def test_files_that_were_compressed_late_are_read_in_the_order_of_their_names(host_of: Callable[..., Host]) -> None:
+    """The kubelet stamps what it compresses with the time of that, after the file that follows was written."""
+    for names in (("3", "2", "1"), ("20261124-184346", "20261124-194346", "20261125-184346")):
+        host, lines = host_of(), some_lines(50)
+        host.write(lines[:10])
+        host.settle()
+        host.kill()
+        for n, name in zip((10, 20, 30), names, strict=True):
+            host.log.rename(host.log.with_name(f"access.log.{name}"))
+            host.write(lines[n : n + 10])
+        for name in names[1::-1]:
+            pack(host.log.with_name(f"access.log.{name}"), host.clock, "now")
+        host.write(lines[40:])
+        host.settle()
+        assert host.journalled == lines
 
 
 # ---- Many files -----------------------------------------------------------------------------------------------------
