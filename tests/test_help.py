@@ -87,7 +87,12 @@ def check(**settings: str | int) -> tuple[int, list[str]]:
 def test_check_says_ok_of_each_thing_where_the_backend_could_serve(postgres: Postgres) -> None:
     status, lines = check(DATABASE_URL=postgres.create_logs())
     assert status == 0
-    assert [line.split(":")[0] for line in lines] == ["ok      settings", "ok      database", "ok      schema", "ok      port"]
+    assert [line.split(":")[0] for line in lines] == [
+        "ok      settings",
+        "ok      database",
+        "ok      schema",
+        "ok      port",
+    ]
 
 
 def test_check_names_a_wrong_setting_and_what_it_must_be() -> None:
@@ -97,7 +102,9 @@ def test_check_names_a_wrong_setting_and_what_it_must_be() -> None:
 def test_check_says_what_to_do_about_a_database_that_is_away_and_hides_the_password() -> None:
     status, lines = check(DATABASE_URL="postgresql://logs:hidden@127.0.0.1:1/logs")
     assert status == 1
-    assert re.fullmatch("FAILED  database: could not connect: .*Connection refused.*: start PostgreSQL, or .*", lines[1])
+    assert re.fullmatch(
+        "FAILED  database: could not connect: .*Connection refused.*: start PostgreSQL, or .*", lines[1]
+    )
     assert lines[2] == "FAILED  schema: unknown without the database"
     assert "hidden" not in "".join(lines)
 
