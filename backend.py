@@ -1034,16 +1034,18 @@ class Ticket:
     outcome: Stored | Failed | None = None
     settled: Callable[[], Any] = lambda: None  # called once, when there is an outcome
     rejected: int = 0  # lines that were refused when it was read
-    repeats: Mapping[int, int] = field(default_factory=dict)  # by row: how many lines more have its id, if any
+    repeats: Mapping[int, int] | None = None  # by row: how many lines more have its id, if any
 
     @property
     def lines(self) -> int:
-        return self.count + self.rejected + sum(self.repeats.values())
+        return self.count + self.rejected + sum((self.repeats or {}).values())
 
     def tally(self, stored: Stored) -> tuple[int, int, int]:
         """How many lines are stored now, were there already or twice in the batch, and are refused."""
+        if not (stored.known or stored.conflicting or self.rejected or self.repeats):
+            return self.count, 0, 0
         new = self.count - len(stored.known) - len(stored.conflicting)
-        refused = self.rejected + sum(1 + self.repeats.get(n, 0) for n in stored.conflicting)
+        refused = self.rejected + sum(1 + (self.repeats or {}).get(n, 0) for n in stored.conflicting)
         return new, self.lines - new - refused, refused
 
     @property

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
@@ -79,15 +81,17 @@ def test_unknown_arguments_are_one_line_and_status_2(service: str, arguments: li
 
 def check(**settings: str | int) -> tuple[int, list[str]]:
     """The exit status, and the lines."""
-    done = run("backend", "--check", **{"HOST": "127.0.0.1", "BACKEND_PORT": 0, **settings})
-    assert done.stderr == ""
-    return done.returncode, done.stdout.splitlines()
+    with redirect_stdout(StringIO()) as printed:
+        status = backend_module.check(
+            {"HOST": "127.0.0.1", "BACKEND_PORT": "0"} | {name: str(value) for name, value in settings.items()}
+        )
+    return status, printed.getvalue().splitlines()
 
 
 def test_check_says_ok_of_each_thing_where_the_backend_could_serve(postgres: Postgres) -> None:
-    status, lines = check(DATABASE_URL=postgres.create_logs())
-    assert status == 0
-    assert [line.split(":")[0] for line in lines] == [
+    done = run("backend", "--check", DATABASE_URL=postgres.create_logs(), BACKEND_PORT=0)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
         "ok      settings",
         "ok      database",
         "ok      schema",
@@ -143,7 +147,11 @@ def test_check_of_the_embedded_database_starts_nothing(tmp_path: Path) -> None:
     text = f"import backend, embedded, pathlib\nembedded.HERE = pathlib.Path({str(tmp_path)!r})\n"
     program = driver(tmp_path, "elsewhere.py", f"{text}sys.exit(backend.main(['--check']))\n")
     done = subprocess.run(
-        [sys.executable, program], env=clean_environment({"BACKEND_PORT": 0}), capture_output=True, text=True
+        [sys.executable, program],
+        env=clean_environment({"BACKEND_PORT": 0}),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "embedded, not in use now" in done.stdout
