@@ -179,9 +179,9 @@ def test_any_worker_answers_for_all_and_no_counter_falls_when_one_is_killed(star
             assert {one.result().status_code for one in sent} == {201}
 
     def wait_for(count: int) -> Samples:
-        def counted() -> Samples | None:
+        def counted() -> Samples:
             samples = scrape(backend.url)
-            return samples if samples["lines_stored_total"] >= count else None
+            return samples if samples["lines_stored_total"] >= count else Samples()
 
         return wait_until(counted, SECONDS, f"{count} lines")
 
