@@ -1159,7 +1159,7 @@ class GroupCommit:
             return self._settle(tickets, error.again)
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             if error.diag.constraint_name in STAMP_CONSTRAINTS:
-                self._stamping.begin(f"{one_line(error)}; {STAMP_ADVICE}")
+                self._stamping.begin(f"{error.diag.message_primary}; {STAMP_ADVICE}")  # its details have the line
                 return self._settle(tickets, partial(Unavailable, NO_ANSWER))
             if len(tickets) == 1:
                 self._counts.lines(rejected=tickets[0].lines)
@@ -1842,7 +1842,7 @@ WAITRESS_NAMES = {
     ),
     waitress.task.Task: (
         "build_response_header", "complete", "content_bytes_written", "content_length", "has_body",
-        "set_close_on_finish", "start", "write", "wrote_header",
+        "set_close_on_finish", "start", "status", "write", "wrote_header",
     ),
     waitress.task.WSGITask: ("get_environment", "service"),
     waitress.task.ErrorTask: ("execute",),
