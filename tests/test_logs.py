@@ -166,6 +166,6 @@ def test_an_outage_is_told_when_it_begins_with_each_new_reason_once_and_when_it_
 def test_the_formatter_lets_no_message_begin_a_line_of_its_own() -> None:
     record = logging.LogRecord("x", logging.INFO, "f", 1, "a\r\nb\u2028c\x85d\x00e \udcff", (), None)
     line = LogFormatter("backend", False).format(record)
-    assert line.endswith("]: a | b | c | d\\x00e \udcff")
+    assert line.endswith("]: a | b | c | d\\x00e \\udcff")
     assert len(line.splitlines()) == 1
-    assert json.loads(LogFormatter("backend", True).format(record))["message"] == record.getMessage()
+    assert json.loads(LogFormatter("backend", True).format(record))["message"] == "a\r\nb\u2028c\x85d\x00e \\udcff"

@@ -21,8 +21,8 @@ import psycopg
 import pytest
 import requests
 from harness import ROOT, STORING_LOCK, Backend, backend_with, children_of
-from prometheus_client.parser import text_string_to_metric_families
 from raw_http import connect, exchange, post, request
+from scraping import Samples, refusals, scrape
 from waiting import wait_until
 
 import backend as service
@@ -34,31 +34,6 @@ PLAIN = {"Content-Type": "text/plain"}
 IDS = [f"00000000-0000-4000-8000-{n:012d}" for n in range(10)]
 
 StartBackend = Callable[..., Backend]
-
-
-class Samples(dict[str, float]):
-    """One scrape: values by name, or by `name{label="value",...}` with the labels in the order of their names."""
-
-    def by(self, start: str) -> dict[str, float]:
-        return {name: value for name, value in self.items() if name.startswith(start) and value}
-
-
-def scrape(url: str, **headers: str) -> Samples:
-    answer = requests.get(f"{url}/metrics", headers=headers, timeout=SECONDS)
-    assert answer.status_code == 200, answer.text
-    samples = Samples()
-    for family in text_string_to_metric_families(answer.text):
-        assert family.documentation
-        for sample in family.samples:
-            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
-            name = sample.name.removeprefix("logpipeline_backend_")
-            samples[f"{name}{{{labels}}}" if labels else name] = sample.value
-    return samples
-
-
-def refusals(url: str) -> dict[str, float]:
-    found = scrape(url).by("refusals_total")
-    return {re.sub(r".*reason=\"|\"}", "", name): value for name, value in found.items()}
 
 
 # ---- What is counted ------------------------------------------------------------------------------------------------
@@ -258,7 +233,7 @@ def test_too_many_unfinished_bodies_are_counted_and_told_in_two_lines(
         for sender in senders:
             sender.sendall(head + b"x" * 60_000)
         wait_until(lambda: refusals(backend.url).get("body_budget") == 2, SECONDS, "two refusals")
-    backend.wait_for_line("unfinished bodies below it again after")
+    backend.wait_for_line("unfinished bodies below their limit again after")
     assert backend.printed.count("unfinished bodies over their limit") == 1
 
 
