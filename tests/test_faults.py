@@ -624,7 +624,7 @@ def test_postgresql_may_crash_be_killed_and_be_restarted_under_load_and_all_heal
     deliver_rest(start, client)
     assert_equal_everywhere(journal, backend, shared)
     assert exporter.end() == 0
-    assert 3 <= backend.printed.count("works again after") <= 18, backend.printed  # a dying server may answer once more
+    assert 3 <= backend.printed.count("back after") <= 18, backend.printed  # a dying server may answer once more
 
 
 def test_readers_go_on_without_a_gap_or_a_copy_after_a_dump_was_restored_in_a_younger_postgresql(

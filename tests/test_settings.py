@@ -33,6 +33,7 @@ WRONG = {
         "WORKERS": ["0", "65"],
         "THREADS": ["1", "257"],
         "LEVEL": ["loud", "info,debug"],
+        "LOG_FORMAT": ["xml", "JSON"],
         "DB_HOST": ["two words"],
         "DB_PORT": ["0", "65536"],
         "DATABASE_URL": [

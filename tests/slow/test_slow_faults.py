@@ -151,7 +151,7 @@ def under_load(
     posted.write_text(journal.read_text() + "".join(f"{line}\n" for line in ours.elements()))
     assert_equal_everywhere(posted, backend, shared)
     assert exporter.end() == 0
-    assert backend.printed.count("works again after") < 10, backend.printed
+    assert backend.printed.count("back after") < 10, backend.printed
 
 
 def test_while_postgresql_is_stopped_requests_are_told_to_come_again_and_then_all_heals(
