@@ -22,7 +22,7 @@ import background
 
 Start = Callable[..., Service]
 OLDER = "older"
-REFUSED = "WARNING background: database: .*nothing is appended"
+REFUSED = r"WARNING background\[\d+\]: database diverged: .*nothing is appended"
 
 # The same service, but for how often it says what it says again and again
 IMPATIENT = """
@@ -117,7 +117,7 @@ def test_a_database_that_lacks_the_last_record_is_told_and_when_it_is_back_expor
     fake.stored = right
     fake.add(some_lines(20, "more"))
     exported(fake.records(), shared)
-    exporter.wait_for_line("database: back after")
+    exporter.wait_for_line("database back after")
 
 
 def test_what_is_out_of_order_is_said_again_from_time_to_time(
@@ -230,7 +230,7 @@ def test_an_emptied_file_is_told_and_goes_on_when_it_is_removed(
     before.write_bytes(shared.read_bytes())
     os.truncate(shared, 0)
     fake.add(some_lines(10, "more"))
-    exporter.wait_for_line("shared file: .*data.txt was emptied")
+    exporter.wait_for_line("shared file cannot be written: .*data.txt was emptied")
     assert_nothing_is_appended(fake, shared, b"")
     shared.unlink()
     exported(fake.records(), before, shared)
@@ -248,7 +248,9 @@ def test_an_old_copy_in_place_of_the_file_is_told_while_the_part_has_more(
     shared.write_bytes(copy)
     fake.add(some_lines(50, "last"))
     exporter = export(fake.data_url)
-    exporter.wait_for_line("shared file: .*data.txt.1 goes on to .*was one of them replaced by a copy")
+    exporter.wait_for_line(
+        "shared file cannot be written: .*data.txt.1 goes on to .*was one of them replaced by a copy"
+    )
     assert_nothing_is_appended(fake, shared, copy)
     shared.unlink()
     exported(fake.records(), part, shared)
@@ -312,7 +314,7 @@ def test_a_position_that_says_nothing_is_not_taken_for_none_where_nothing_else_i
         position.mkdir()
     exporter = export(fake.data_url)
     exporter.wait_for_line(
-        "data.txt.position is broken, and no file" if kind == "broken" else "shared file: .*Is a dir"
+        "data.txt.position is broken, and no file" if kind == "broken" else "shared file cannot be written: .*Is a dir"
     )
     known = len(fake.requests)
     wait_until(lambda: len(fake.requests) > known + 2, what="further requests")
