@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fakes import PROBLEM, FakeBackend, Reply, Request, post_lines, some_lines
-from harness import ROOT, Backend, Service, clean_environment, count_lines, driver
+from harness import ROOT, Backend, Service, clean_environment, count_lines
 from waiting import wait_until
 
 import background
@@ -63,14 +63,17 @@ def test_the_version_is_that_of_the_project(service: str, tmp_path: Path) -> Non
     assert run(f"{service}.py", "--version", cwd=tmp_path) == (0, f"{service}.py {version}\n")
 
 
-@pytest.mark.parametrize("arguments", [["--chek"], ["help"], ["--check", "now"], ["-h"]])
 @pytest.mark.parametrize("service", SERVICES)
-def test_unknown_arguments_are_one_line_and_status_2(service: str, arguments: list[str], tmp_path: Path) -> None:
-    status, printed = run(f"{service}.py", *arguments, cwd=tmp_path)
+def test_unknown_arguments_are_one_line_and_status_2(
+    service: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = "--check, --help, --version\n"
+    status, printed = run(f"{service}.py", "--check", "now", cwd=tmp_path)
     assert status == 2
-    [line] = printed.splitlines()
-    assert f"unknown arguments {' '.join(arguments)!r}" in line
-    assert "--help" in line
+    assert re.fullmatch(f"{service}: unknown arguments '--check now'; known are .*{known}", printed)
+    for word in ("--chek", "help", "-h", ""):
+        assert SERVICES[service].main([word, word]) == 2
+        assert re.fullmatch(f"{service}: unknown arguments '{word} {word}'; .*{known}", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,6 +167,18 @@ def test_a_wrong_setting_is_what_a_check_says_first(service: str, tmp_path: Path
     assert found == ["FAILED  settings: LOG_FORMAT is 'xml': must be text or json"]
 
 
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Status and text of a check in this process: check("client", URL=...)."""
+    monkeypatch.chdir(tmp_path)
+
+    def check_here(service: str, **settings: Any) -> tuple[int, str]:
+        status = SERVICES[service].check_all({name: str(value) for name, value in settings.items()})
+        return status, capsys.readouterr().out
+
+    return check_here
+
+
 def not_ready(request: Request) -> Reply:
     """A backend without its database: what is public and what only looks at the head works."""
     if request.method == "POST":
@@ -184,23 +199,26 @@ ANSWERS: dict[str, tuple[Callable[[Request], Reply | None], str]] = {
 @pytest.mark.parametrize("kind", ANSWERS)
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_check_says_what_the_backend_answers_and_what_to_do(
-    service: str, kind: str, fake: FakeBackend, tmp_path: Path
+    service: str, kind: str, fake: FakeBackend, check: Callable[..., tuple[int, str]]
 ) -> None:
     answer, expected = ANSWERS[kind]
     fake.answer = answer
-    settings = {"URL": fake.data_url, "DIRECTORY": tmp_path / "shared"}  # with no file yet nothing else is asked
-    [line] = failures(run(f"{service}.py", "--check", cwd=tmp_path, **settings))
+    [line] = failures(check(service, URL=fake.data_url))  # with no file yet nothing else is asked
     assert line.startswith(f"FAILED  backend {fake.data_url}: ")
     assert re.search(expected, line), line
     assert fake.stored == {}
 
 
-def test_a_check_does_not_miss_a_readyz_that_a_proxy_keeps_back(fake: FakeBackend, tmp_path: Path) -> None:
+def test_a_check_does_not_miss_a_readyz_that_a_proxy_keeps_back(
+    fake: FakeBackend, check: Callable[..., tuple[int, str]]
+) -> None:
     fake.answer = lambda one: fake.serve(one) if one.method == "POST" else Reply(403, b"no", "text/html")
-    assert_well(run("client.py", "--check", cwd=tmp_path, URL=fake.data_url), "settings", "backend", "LOG_FILE")
+    assert_well(check("client", URL=fake.data_url), "settings", "backend", "LOG_FILE")
 
 
-def test_a_check_of_the_client_says_which_file_is_wrong(fake: FakeBackend, tmp_path: Path) -> None:
+def test_a_check_of_the_client_says_which_file_is_wrong(
+    fake: FakeBackend, tmp_path: Path, check: Callable[..., tuple[int, str]]
+) -> None:
     fake.answer = lambda one: fake.serve(one) if one.method == "POST" else Reply(200)
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "logs.txt").write_text("192.0.2.1 GET /a 200\n")
@@ -220,7 +238,7 @@ def test_a_check_of_the_client_says_which_file_is_wrong(fake: FakeBackend, tmp_p
         ({"LOG_FILE": "new", "METRICS_FILE": "no/x.prom"}, "METRICS_FILE no/x.prom: .*/no is no folder"),
         ({"LOG_FILE": "new", "METRICS_FILE": "foreign"}, "METRICS_FILE foreign: it is another kind of file"),
     ]:
-        [line] = failures(run("client.py", "--check", cwd=tmp_path, URL=fake.data_url, **settings))
+        [line] = failures(check("client", URL=fake.data_url, **settings))
         assert re.match(f"FAILED  {expected}", line), line
     assert contents(tmp_path) == before
 
@@ -252,7 +270,9 @@ def test_a_check_of_the_exporter_says_if_the_database_lacks_the_last_record(
             shared.rename(f"{shared}.1")
 
 
-def test_a_check_of_the_exporter_says_which_folder_or_file_is_wrong(fake: FakeBackend, tmp_path: Path) -> None:
+def test_a_check_of_the_exporter_says_which_folder_or_file_is_wrong(
+    fake: FakeBackend, tmp_path: Path, check: Callable[..., tuple[int, str]]
+) -> None:
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/data.txt").write_text("my notes\n")
@@ -262,15 +282,16 @@ def test_a_check_of_the_exporter_says_which_folder_or_file_is_wrong(fake: FakeBa
         ({"DIRECTORY": "notes"}, "last record of data.txt: notes/data.txt does not end in a record.*Move it away"),
         ({"METRICS_FILE": "no/x.prom"}, "METRICS_FILE no/x.prom: .*/no is no folder"),
     ]:
-        lines = failures(run("background.py", "--check", cwd=tmp_path, URL=fake.data_url, **settings))
+        lines = failures(check("background", URL=fake.data_url, **settings))
         assert re.match(f"FAILED  {expected}", lines[0]), lines
     assert contents(tmp_path) == before
 
 
-def test_a_check_of_the_exporter_refuses_a_network_file_system(fake: FakeBackend, tmp_path: Path) -> None:
+def test_a_check_of_the_exporter_refuses_a_network_file_system(
+    fake: FakeBackend, tmp_path: Path, check: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"27 1 254:0 / / rw - ext4 /dev/vda rw\n28 27 0:9 / {tmp_path}/nfs rw - nfs4 a rw\n")
-    change = f"import background\nbackground.MOUNTS = {str(mounts)!r}\n"
-    program = driver(tmp_path, "elsewhere.py", f"{change}sys.exit(background.main(['--check']))\n")
-    [line] = failures(run(program, cwd=tmp_path, URL=fake.data_url, DIRECTORY=tmp_path / "nfs/shared"))
-    assert "it is on nfs4, a network file system" in line
+    monkeypatch.setattr(background, "MOUNTS", str(mounts))
+    [line] = failures(check("background", URL=fake.data_url, DIRECTORY="nfs/shared"))
+    assert line.startswith("FAILED  DIRECTORY nfs/shared: it is on nfs4, a network file system")

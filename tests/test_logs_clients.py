@@ -140,7 +140,7 @@ def test_a_source_with_a_line_break_in_its_name_is_told_in_one_line(
 ) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()
-    (folder / "a\nERROR b.log").write_text("nothing that is known\n" * 100)
+    (folder / "a\nERROR b.log").write_text("nothing that is 200\n" * 100)
     one = run("client", URL=fake.data_url, SOURCE=f"{folder}/*.log")
     one.wait_for_line("first 100 lines")
     assert one.end() == 0
