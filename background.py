@@ -226,6 +226,7 @@ def log_as(service: str, log_format: str) -> None:
     handler.setFormatter(LogFormatter(service, log_format == "json"))
     logging.basicConfig(level="INFO", handlers=[handler])
     sys.excepthook = lambda *failure: log.critical("failed", exc_info=failure)
+    threading.excepthook = lambda failure: log.critical("a thread failed", exc_info=failure.exc_value)
 
 
 class Outage:
@@ -1701,12 +1702,12 @@ def check_all(environ: Mapping[str, str]) -> int:
         return 1
     checks: dict[str, Callable[[], None]] = {
         "settings": lambda: None,
-        f"backend {settings.url}": partial(check_backend, settings),
-        f"DIRECTORY {settings.directory}": partial(check_directory, settings.directory),
-        f"last record of {settings.file_name}": partial(check_last_record, settings),
+        f"backend: {settings.url}": partial(check_backend, settings),
+        f"DIRECTORY: {settings.directory}": partial(check_directory, settings.directory),
+        f"last record: {settings.file_name}": partial(check_last_record, settings),
     }
     if settings.metrics_file:
-        checks[f"METRICS_FILE {settings.metrics_file}"] = partial(check_metrics_file, settings.metrics_file)
+        checks[f"METRICS_FILE: {settings.metrics_file}"] = partial(check_metrics_file, settings.metrics_file)
     failures = 0
     for what, look in checks.items():
         try:

@@ -293,6 +293,7 @@ def log_as(service: str, log_format: str) -> None:
     handler.setFormatter(LogFormatter(service, log_format == "json"))
     logging.basicConfig(level="INFO", handlers=[handler])
     sys.excepthook = lambda *failure: log.critical("failed", exc_info=failure)
+    threading.excepthook = lambda failure: log.critical("a thread failed", exc_info=failure.exc_value)
 
 
 class Outage:
@@ -2419,14 +2420,14 @@ def check_all(environ: Mapping[str, str]) -> int:
         return 1
     checks: dict[str, Callable[[], None]] = {
         "settings": lambda: None,
-        f"backend {settings.url}": partial(check_backend, settings),
-        f"LOG_FILE {settings.log_file}": partial(check_journal, settings.log_file),
-        **{f"SOURCE {source}": partial(check_source, settings, source) for source in settings.sources},
+        f"backend: {settings.url}": partial(check_backend, settings),
+        f"LOG_FILE: {settings.log_file}": partial(check_journal, settings.log_file),
+        **{f"SOURCE: {source}": partial(check_source, settings, source) for source in settings.sources},
     }
     if settings.source == "-":
-        checks["SOURCE -"] = check_stdin
+        checks["SOURCE: -"] = check_stdin
     if settings.metrics_file:
-        checks[f"METRICS_FILE {settings.metrics_file}"] = partial(check_metrics_file, settings.metrics_file)
+        checks[f"METRICS_FILE: {settings.metrics_file}"] = partial(check_metrics_file, settings.metrics_file)
     failures = 0
     for what, look in checks.items():
         try:

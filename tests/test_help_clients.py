@@ -84,7 +84,7 @@ def assert_well(status_and_printed: tuple[int, str], *what: str) -> None:
     status, printed = status_and_printed
     lines = printed.splitlines()
     assert all(line.startswith("ok      ") for line in lines), printed
-    assert [line[8:].split(" ")[0] for line in lines] == list(what)
+    assert [line[8:].split(":")[0] for line in lines] == list(what)
     assert status == 0
 
 
@@ -128,7 +128,7 @@ def test_a_check_of_the_exporter_that_finds_nothing_changes_nothing(
         "DIRECTORY": tmp_path / "place/shared",
         "METRICS_FILE": tmp_path / "exporter.prom",
     }
-    what = ["settings", "backend", "DIRECTORY", "last", "METRICS_FILE"]
+    what = ["settings", "backend", "DIRECTORY", "last record", "METRICS_FILE"]
     assert_well(run("background.py", "--check", cwd=tmp_path, **settings), *what)
     assert not (tmp_path / "place").exists()
     exporter = start("background.py", **settings, REQUEST_DELAY=20)
@@ -145,7 +145,7 @@ def test_a_check_of_the_exporter_that_finds_nothing_changes_nothing(
     before = contents(file.parent)
     status, printed = run("background.py", "--check", cwd=tmp_path, **settings)
     assert status == 0, printed
-    assert "ok      last record of data.txt" in printed
+    assert "ok      last record: data.txt" in printed
     assert contents(file.parent) == before
 
 
@@ -204,7 +204,7 @@ def test_a_check_says_what_the_backend_answers_and_what_to_do(
     answer, expected = ANSWERS[kind]
     fake.answer = answer
     [line] = failures(check(service, URL=fake.data_url))  # with no file yet nothing else is asked
-    assert line.startswith(f"FAILED  backend {fake.data_url}: ")
+    assert line.startswith(f"FAILED  backend: {fake.data_url}: ")
     assert re.search(expected, line), line
     assert fake.stored == {}
 
@@ -228,15 +228,15 @@ def test_a_check_of_the_client_says_which_file_is_wrong(
     (tmp_path / "foreign").write_text("not of ours\n")
     before = contents(tmp_path)
     for settings, expected in [
-        ({"LOG_FILE": "file/logs.txt"}, "LOG_FILE file/logs.txt: .*/file is no folder: make it, or name another"),
-        ({"LOG_FILE": "logs.txt"}, "LOG_FILE logs.txt: .*logs.txt.journal cannot be read: .*: restore it, or move"),
-        ({"LOG_FILE": "other.txt"}, "LOG_FILE other.txt: .*other.txt.journal is missing, .*: restore it, or move"),
-        ({"LOG_FILE": "log%n.txt", "SOURCE": "gone.log"}, "SOURCE gone.log: .*No such file.*: correct SOURCE"),
-        ({"LOG_FILE": "new", "SOURCE": "*.log"}, r"SOURCE \*.log: no file matches"),
-        ({"LOG_FILE": "new", "SOURCE": "new"}, "SOURCE new: it is LOG_FILE"),
-        ({"LOG_FILE": "new", "SOURCE": "/dev/null"}, "SOURCE /dev/null: .*not a regular file"),
-        ({"LOG_FILE": "new", "METRICS_FILE": "no/x.prom"}, "METRICS_FILE no/x.prom: .*/no is no folder"),
-        ({"LOG_FILE": "new", "METRICS_FILE": "foreign"}, "METRICS_FILE foreign: it is another kind of file"),
+        ({"LOG_FILE": "file/logs.txt"}, "LOG_FILE: file/logs.txt: .*/file is no folder: make it, or name another"),
+        ({"LOG_FILE": "logs.txt"}, "LOG_FILE: logs.txt: .*logs.txt.journal cannot be read: .*: restore it, or move"),
+        ({"LOG_FILE": "other.txt"}, "LOG_FILE: other.txt: .*other.txt.journal is missing, .*: restore it, or move"),
+        ({"LOG_FILE": "log%n.txt", "SOURCE": "gone.log"}, "SOURCE: gone.log: .*No such file.*: correct SOURCE"),
+        ({"LOG_FILE": "new", "SOURCE": "*.log"}, r"SOURCE: \*.log: no file matches"),
+        ({"LOG_FILE": "new", "SOURCE": "new"}, "SOURCE: new: it is LOG_FILE"),
+        ({"LOG_FILE": "new", "SOURCE": "/dev/null"}, "SOURCE: /dev/null: .*not a regular file"),
+        ({"LOG_FILE": "new", "METRICS_FILE": "no/x.prom"}, "METRICS_FILE: no/x.prom: .*/no is no folder"),
+        ({"LOG_FILE": "new", "METRICS_FILE": "foreign"}, "METRICS_FILE: foreign: it is another kind of file"),
     ]:
         [line] = failures(check("client", URL=fake.data_url, **settings))
         assert re.match(f"FAILED  {expected}", line), line
@@ -248,7 +248,7 @@ def test_a_check_of_a_client_without_its_standard_input_says_so(fake: FakeBacken
     settings = {"URL": fake.data_url, "SOURCE": "-"}
     done = subprocess.run(["sh", "-c", command], env=clean_environment(settings), cwd=tmp_path, stdout=-1, text=True)
     assert done.returncode == 1
-    assert "FAILED  SOURCE -: standard input is closed: redirect it" in done.stdout
+    assert "FAILED  SOURCE: -: standard input is closed: redirect it" in done.stdout
 
 
 def test_a_check_of_the_exporter_says_if_the_database_lacks_the_last_record(
@@ -263,7 +263,7 @@ def test_a_check_of_the_exporter_says_if_the_database_lacks_the_last_record(
     before = contents(shared.parent)
     for renamed in (False, True):
         [line] = failures(run("background.py", "--check", cwd=tmp_path, URL=other.data_url, DIRECTORY=shared.parent))
-        assert line.startswith(f"FAILED  last record of data.txt: {shared}{'.1' * renamed} ends in record {last['id']}")
+        assert line.startswith(f"FAILED  last record: data.txt: {shared}{'.1' * renamed} ends in record {last['id']}")
         assert "reconcile" in line
         if not renamed:
             assert contents(shared.parent) == before
@@ -278,9 +278,9 @@ def test_a_check_of_the_exporter_says_which_folder_or_file_is_wrong(
     (tmp_path / "notes/data.txt").write_text("my notes\n")
     before = contents(tmp_path)
     for settings, expected in [
-        ({"DIRECTORY": "file/shared"}, "DIRECTORY file/shared: .*/file is no folder"),
-        ({"DIRECTORY": "notes"}, "last record of data.txt: notes/data.txt does not end in a record.*Move it away"),
-        ({"METRICS_FILE": "no/x.prom"}, "METRICS_FILE no/x.prom: .*/no is no folder"),
+        ({"DIRECTORY": "file/shared"}, "DIRECTORY: file/shared: .*/file is no folder"),
+        ({"DIRECTORY": "notes"}, "last record: data.txt: notes/data.txt does not end in a record.*Move it away"),
+        ({"METRICS_FILE": "no/x.prom"}, "METRICS_FILE: no/x.prom: .*/no is no folder"),
     ]:
         lines = failures(check("background", URL=fake.data_url, **settings))
         assert re.match(f"FAILED  {expected}", lines[0]), lines
@@ -294,4 +294,4 @@ def test_a_check_of_the_exporter_refuses_a_network_file_system(
     mounts.write_text(f"27 1 254:0 / / rw - ext4 /dev/vda rw\n28 27 0:9 / {tmp_path}/nfs rw - nfs4 a rw\n")
     monkeypatch.setattr(background, "MOUNTS", str(mounts))
     [line] = failures(check("background", URL=fake.data_url, DIRECTORY="nfs/shared"))
-    assert line.startswith("FAILED  DIRECTORY nfs/shared: it is on nfs4, a network file system")
+    assert line.startswith("FAILED  DIRECTORY: nfs/shared: it is on nfs4, a network file system")
