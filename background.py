@@ -80,7 +80,7 @@ USER_SPACE = re.compile(r"fuse(\..*)?|fuseblk|virtiofs")  # the same files by an
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
 
-Url = Annotated[str, r"https?://[^\s/?#]+(/[^\s?#]*)?", "like http://host/path"]
+Url = Annotated[str, r"https?://[^\s/?#@]+(/[^\s?#]*)?", "like http://host/path"]
 FileName = Annotated[str, r"(?!\.{1,2}$)[^/\0]{1,200}", "a name of at most 200 characters without /"]
 FilePath = Annotated[str, r"[^\0]*[^/\0]", "the path of a file"]
 LogFormat = Annotated[str, "text|json", "text or json"]
@@ -108,8 +108,9 @@ class Settings:
     ] = 0
     metrics_file: Annotated[
         FilePath,
-        "Where metrics are written every 10 s, for the textfile collector of node-exporter, empty for nowhere; each"
-        " instance needs a file of its own",
+        "Where metrics are written every 10 s, for the textfile collector of node-exporter, such as"
+        " /var/lib/prometheus/node-exporter/logpipeline-exporter.prom, empty for nowhere; each instance needs a file of"
+        " its own",
     ] = ""
     log_format: Annotated[LogFormat, "Form of a log line, plain text or a JSON object"] = "text"
     api_token: Annotated[Secret, "Token for a backend that wants one"] = ""
@@ -149,8 +150,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     for setting in settings_table():
         text = re.sub(r"""^(['"])(.*)\1$""", r"\2", environ.get(setting.name, "").strip()).strip()
         if text and not setting.is_right(text):
-            shown = "(hidden)" if "not shown" in setting.allowed else repr(text)
-            raise ValueError(f"{setting.name} is {shown}: must be {setting.allowed}")
+            hidden = "not shown" in setting.allowed or (setting.name == "URL" and "@" in text)
+            raise ValueError(f"{setting.name} is {'(hidden)' if hidden else repr(text)}: must be {setting.allowed}")
         values |= {setting.name.lower(): setting.kind(text)} if text else {}
     settings = Settings(**values)
     shared = os.path.realpath(os.path.join(settings.directory, settings.file_name))

@@ -69,7 +69,7 @@ DURABLE_SECONDS = 2.0  # between durable positions: what is sent again after a p
 ROTATED_SECONDS = 2.0  # a renamed file must have been quiet for so long before the next one is read
 UNTERMINATED_SECONDS = 10.0  # and for so long before its last line counts as whole without a line feed
 WATCHED_SECONDS = 3600.0  # a renamed file is looked at for so long: its writer may go on
-SHUTDOWN_SECONDS = 4.5  # for delivering what is left after SIGTERM; the process ends within 5 s
+SHUTDOWN_SECONDS = 4.0  # for delivering what is left after SIGTERM; with the last metrics the process ends within 5 s
 PROGRESS_SECONDS = 10.0
 METRICS_SECONDS = 10.0  # between two states of METRICS_FILE
 METRICS_END_SECONDS = 1.0  # for its last one, at the end
@@ -160,8 +160,9 @@ class Settings:
     ] = 4
     metrics_file: Annotated[
         FilePath,
-        "Where metrics are written every 10 s, for the textfile collector of node-exporter, empty for nowhere; %n in it"
-        " becomes the number of LOG_FILE",
+        "Where metrics are written every 10 s, for the textfile collector of node-exporter, such as"
+        " /var/lib/prometheus/node-exporter/logpipeline-client.prom, empty for nowhere; %n in it becomes the number of"
+        " LOG_FILE",
     ] = ""
     log_format: Annotated[LogFormat, "Form of a log line, plain text or a JSON object"] = "text"
     api_token: Annotated[Secret, "Token for a backend that wants one"] = ""

@@ -138,6 +138,13 @@ def test_a_wrong_value_is_one_line_that_says_what_is_allowed_and_status_2(
     assert left == []
 
 
+@pytest.mark.parametrize("service", STANDARD_LIBRARY_ONLY)
+def test_an_address_with_a_password_is_refused_without_showing_it(service: str) -> None:
+    with pytest.raises(ValueError, match=r"URL is \(hidden\): must be like http://") as refused:
+        MODULES[service].read_settings({"URL": "http://user:secret@localhost/api/data"})
+    assert "secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize("service", WRONG)
 def test_the_migrations_check_settings_too_and_the_first_wrong_one_is_named(service: str, tmp_path: Path) -> None:
     values = {name: values[0] for name, values in WRONG[service].items()}
