@@ -219,7 +219,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 def is_of_journal(settings: Settings, path: str) -> bool:
     """It is LOG_FILE or a file beside it, whatever number stands for %n."""
     numbered = "(?:[0-9]+|%n)".join(map(re.escape, os.path.realpath(settings.log_file).split("%n")))
-    return bool(re.fullmatch(rf"{numbered}(\..*)?", os.path.realpath(path), re.DOTALL))
+    found = re.match(numbered, real := os.path.realpath(path))
+    return found is not None and not without_companion(real[found.end() :])
 
 
 def is_of_source(source: str, path: str) -> bool:
@@ -1122,7 +1123,8 @@ class Journal:
 
     def owns(self, path: str) -> bool:
         """It is LOG_FILE or a file beside it."""
-        return without_companion(os.path.realpath(path)) == os.path.realpath(self.path)
+        real, own = os.path.realpath(path), os.path.realpath(self.path)
+        return real.startswith(own) and not without_companion(real[len(own) :])
 
     def place(self) -> tuple[int, int, int, list[str]]:
         """Of one moment: the part, up to where it is delivered, its size, and the ids of what is held back."""

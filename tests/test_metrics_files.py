@@ -374,8 +374,9 @@ def test_a_client_with_a_numbered_journal_numbers_its_metrics_too(
         ("client", {"LOG_FILE": "./link/log", "METRICS_FILE": "log"}),
         ("client", {"LOG_FILE": "log", "METRICS_FILE": "./log.position"}),
         ("client", {"LOG_FILE": "log.new", "METRICS_FILE": "log"}),  # which is written as log.new first
+        ("client", {"LOG_FILE": "log.1", "METRICS_FILE": "log.1.position"}),
         ("client", {"LOG_FILE": "logs-%n.txt", "METRICS_FILE": "logs-12.txt"}),
-        ("client", {"LOG_FILE": "logs-%n.txt", "METRICS_FILE": "logs-%n.txt.prom"}),
+        ("client", {"LOG_FILE": "logs-%n.txt", "METRICS_FILE": "logs-%n.txt.journal"}),
         ("client", {"SOURCE": "access.log", "METRICS_FILE": "link/access.log"}),
         ("client", {"SOURCE": "other.log ./link/*", "METRICS_FILE": "client.prom"}),
         ("client", {"SOURCE": "access.log", "METRICS_FILE": "access.log.1"}),

@@ -189,8 +189,9 @@ def test_a_shortened_file_is_told_and_filled_up_again(
     exporter.wait_for_line("data.txt ends in .* and was written up to .*: it was shortened")
 
 
-NO_END = r"WARNING background\[\d+\]: shared file cannot be written: .*data.txt does not end in a record"
-NO_RECORDS = r"WARNING background\[\d+\]: shared file cannot be written: .*data.txt: not all of its last lines are records in order"
+BROKEN = r"WARNING background\[\d+\]: shared file cannot be written: .*data.txt"
+NO_END = f"{BROKEN} does not end in a record"
+NO_RECORDS = f"{BROKEN}: not all of its last lines are records in order"
 TOLD = {
     "edited": REFUSED,
     "another one's": REFUSED,
