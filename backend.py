@@ -38,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from queue import LifoQueue
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -67,6 +68,8 @@ MAX_BATCH_LINES = 10_000  # one statement of this size holds the stamping lock f
 MAX_JSON_VALUES = 8 * MAX_BATCH_LINES  # a line with an id has 4; a list of nothing takes 20 times its text in memory
 MAX_URI_BYTES = 8192
 MAX_LIMIT = 1_000_000
+MAX_BUCKETS = 1_000
+MAX_TOP = 100
 MAX_HEAD_BYTES = 32 * 1024  # with all headers
 CHUNK_LINE_BYTES = 8192  # a chunk's size with its extensions; all trailers
 
@@ -97,6 +100,7 @@ SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary f
 QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
 PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 PART_BYTES = 1024**2  # its text may have no more: where records are longer, a part has fewer of them
+STATS_ROWS = 1_000_000  # that are counted by address and by URI: the newest of a window, a second's work
 FIRST_PART_SECONDS = 1.0  # where matches are rare, a reply begins before its first part is full
 RECEIVE_BYTES = 128 * 1024  # taken from a connection at a time, of a body
 FIRST_RECEIVE_BYTES = 16 * 1024  # the same of anything else
@@ -445,6 +449,7 @@ SCHEMA_READY = """
 SELECT to_regprocedure('store_logs_v2(uuid[],inet[],text[],text[],smallint[])') IS NOT NULL
        AND to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL
        AND to_regprocedure('window_end_v2(timestamptz,timestamptz)') IS NOT NULL
+       AND to_regprocedure('stats_window_v1(timestamptz,timestamptz)') IS NOT NULL
 """
 SECONDS_AHEAD = "SELECT seconds_ahead_v1()"
 
@@ -471,6 +476,20 @@ SELECT count, next_from, kept_from_v1(), bytes, part
            %(date_from)s::timestamptz, %(date_to)s::timestamptz,
            %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
            %(rows)s::integer, %(separator)s::text, %(bytes)s::integer
+       )
+"""
+
+STATS_WINDOW = """
+SELECT window_end, oldest, newest, kept_from
+  FROM stats_window_v1(%(date_from)s::timestamptz, %(date_to)s::timestamptz)
+"""
+# As of one snapshot, `kept_from` included: see migrations/0011.create-stats.sql.
+STATS = """
+SELECT kept_from_v1(),
+       stats_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           %(edges)s::timestamptz[], %(top)s::integer, %(most)s::integer
        )
 """
 
@@ -1063,7 +1082,8 @@ A_DATE = (
     "a date such as 2026-11-23 or 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds"
     " (20261123 could be either: write 2026-11-23, or 20261123.0)"
 )
-PARAMETERS: dict[str, tuple[range | str | Callable[[str], Any], str]] = {
+Parameter = tuple[range | str | Callable[[str], Any], str]
+PARAMETERS: dict[str, Parameter] = {
     "date_from": (parse_date, A_DATE),
     "date_to": (parse_date, A_DATE),
     "limit": (range(1, MAX_LIMIT + 1), f"a whole number from 1 to {MAX_LIMIT}"),
@@ -1078,13 +1098,13 @@ NEEDS_HTTP_1_1 = (
 NO_PLACE = f"All places for large exports are taken; ask again, or for limit={PART_ROWS} at most."
 
 
-def parse_window(query: Mapping[str, Any]) -> dict[str, Any]:
+def parse_window(query: Mapping[str, Any], parameters: Mapping[str, Parameter] = PARAMETERS) -> dict[str, Any]:
     """The parameters of a GET; None for what is not given, but date_from. Raises 400 with the name of what is wrong."""
-    window: dict[str, Any] = dict.fromkeys(PARAMETERS) | {"date_from": EPOCH}
+    window: dict[str, Any] = dict.fromkeys(parameters) | {"date_from": EPOCH}
     for name, text in query.items():
-        if name not in PARAMETERS or not isinstance(text, str):
-            raise BadRequest(f"Unknown or repeated parameter {name[:80]!r}; those known are {', '.join(PARAMETERS)}.")
-        rule, wanted = PARAMETERS[name]
+        if name not in parameters or not isinstance(text, str):
+            raise BadRequest(f"Unknown or repeated parameter {name[:80]!r}; those known are {', '.join(parameters)}.")
+        rule, wanted = parameters[name]
         try:
             window[name] = read_value(rule, text)
         except ValueError:
@@ -1252,6 +1272,73 @@ class Places:
             return min(slow, key=lambda reader: reader.pace or 0, default=None)
 
 
+# ---- Counting: GET /api/stats ---------------------------------------------------------------------------------------
+
+MINUTE = timedelta(minutes=1)
+STATS_PARAMETERS: dict[str, Parameter] = {
+    **{name: parameter for name, parameter in PARAMETERS.items() if name != "limit"},
+    "buckets": (range(1, MAX_BUCKETS + 1), f"a whole number from 1 to {MAX_BUCKETS}"),
+    "top": (range(MAX_TOP + 1), f"a whole number from 0 to {MAX_TOP}"),
+}
+STATS_DEFAULTS = {"buckets": 60, "top": 10}
+
+
+def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a window. Raises Unavailable, Gone.
+
+    What is counted ends where /api/data's window ends, below which nothing will ever be added; so the two statements
+    speak of the same records, unless some are deleted in between. If that are records which were asked for by their
+    date, it is told, as Window does.
+    """
+    window_end, oldest, newest, kept_from = read(STATS_WINDOW, asked)
+    all_kept = asked["date_from"] <= EPOCH
+    date_from, date_to = asked["date_from"], asked["date_to"]
+    if date_to is None:
+        date_to = max(datetime.now(UTC), date_from, (newest or EPOCH) + MICROSECOND)
+    if all_kept:  # from the first record's minute on; not before what is kept, so that it can be asked for
+        first = date_to if oldest is None else max(oldest - (oldest - EPOCH) % MINUTE, kept_from or EPOCH)
+        date_from = min(first, date_to)
+    edges = edges_of(date_from, date_to, asked["buckets"])
+    window = {**asked, "date_from": date_from, "date_to": window_end, "edges": edges[1:-1], "most": STATS_ROWS}
+    kept_from, text = read(STATS, window)
+    if kept_from is not None and kept_from > date_from and not all_kept:
+        raise Gone(kept_from)
+    return as_stats(json.loads(text), edges)
+
+
+def edges_of(date_from: datetime, date_to: datetime, buckets: int) -> list[datetime]:
+    """Where buckets of the same width begin and end. Where that is a minute or more, the edges inside are rounded to
+    whole minutes, so every bucket keeps half a minute at least."""
+    span = (date_to - date_from) // MICROSECOND
+    edges = [date_from + span * n // buckets * MICROSECOND for n in range(buckets + 1)]
+    if span >= buckets * (MINUTE // MICROSECOND):
+        edges[1:-1] = [edge + MINUTE / 2 - (edge + MINUTE / 2 - EPOCH) % MINUTE for edge in edges[1:-1]]
+    return edges
+
+
+def as_stats(counted: Mapping[str, Any], edges: Sequence[datetime]) -> dict[str, Any]:
+    """The reply, from what stats_v1 gives."""
+    counts = counted["counts"]
+    buckets: list[dict[str, Any]] = [
+        {"date_from": format_date(start), "date_to": format_date(end), **{f"{n}xx": 0 for n in range(1, 6)}}
+        for start, end in pairwise(edges)
+    ]
+    for bucket, status_class, count in counts["buckets"]:
+        buckets[bucket][f"{status_class}xx"] = count
+    total = sum(count for _, count in counts["methods"])
+    return {
+        "date_from": format_date(edges[0]),
+        "date_to": format_date(edges[-1]),
+        "total": total,
+        "methods": dict(sorted(counts["methods"], key=lambda one: (-one[1], one[0]))),
+        "status_codes": {str(status): count for status, count in sorted(counts["status_codes"])},
+        "buckets": buckets,
+        "top_ips": [{"ip": ip, "count": count} for ip, count in counted["top_ips"]],
+        "top_uris": [{"uri": uri, "count": count} for uri, count in counted["top_uris"]],
+        "top_of": min(total, STATS_ROWS),
+    }
+
+
 # ---- Routes and access ----------------------------------------------------------------------------------------------
 
 HEALTH = "/api/health"
@@ -1273,7 +1360,7 @@ OVERVIEW_POLICY = (
 
 
 class Api:
-    """What is asked of the database: POST stores lines, GET returns windows of records."""
+    """What is asked of the database: POST stores lines, GET returns windows of records, or counts them."""
 
     def __init__(self, database: Database, places: Places) -> None:
         self._database = database
@@ -1320,6 +1407,11 @@ class Api:
             if moment is not None:
                 response.set_header(name, format_date(moment))
 
+    def on_get_stats(self, request: falcon.Request, response: falcon.Response) -> None:
+        given = parse_window(request.params, STATS_PARAMETERS)
+        asked = {**given, **{name: value for name, value in STATS_DEFAULTS.items() if given[name] is None}}
+        response.data = json.dumps(read_stats(self._database.read, asked)).encode()
+
     def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
         """The database answers and has the schema."""
         if not self._database.read(SCHEMA_READY)[0]:
@@ -1334,7 +1426,7 @@ class Api:
         """The process is alive."""
         response.data = b'{"successful": true}'
 
-    on_head, on_head_ready, on_head_health = on_get, on_get_ready, on_get_health
+    on_head, on_head_stats, on_head_ready, on_head_health = on_get, on_get_stats, on_get_ready, on_get_health
 
 
 class Files:
@@ -1422,6 +1514,7 @@ def create_app(database: Database, places: Places, settings: Settings) -> falcon
     overview = Files(*page_files("overview", "uplot"), policy=OVERVIEW_POLICY)
     docs = Files(*page_files("swagger-ui"))
     app.add_route("/api/data", api)
+    app.add_route("/api/stats", api, suffix="stats")
     app.add_route(HEALTH, api, suffix="health")
     app.add_route("/readyz", api, suffix="ready")
     app.add_route("/", overview)
