@@ -1276,7 +1276,7 @@ class Places:
 
 MINUTE = timedelta(minutes=1)
 STATS_PARAMETERS: dict[str, Parameter] = {
-    **{name: parameter for name, parameter in PARAMETERS.items() if name != "limit"},
+    **{name: parameter for name, parameter in PARAMETERS.items() if name not in ("limit", "format")},
     "buckets": (range(1, MAX_BUCKETS + 1), f"a whole number from 1 to {MAX_BUCKETS}"),
     "top": (range(MAX_TOP + 1), f"a whole number from 0 to {MAX_TOP}"),
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from harness import ROOT
@@ -36,15 +37,25 @@ class Tab:
     page: Page
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    in_flight: Counter[str] = field(default_factory=Counter)  # by kind
+    most_at_once: Counter[str] = field(default_factory=Counter)
 
     def listen(self) -> None:
         self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", self.note_request)
+        for event in ("requestfinished", "requestfailed"):
+            self.page.on(event, self.note_end)
 
     def note_request(self, request: Request) -> None:
-        if not request.url.startswith(("data:", "blob:")):  # these stay inside the page
-            self.requests.append(request.url)
+        if request.url.startswith(("data:", "blob:")):  # these stay inside the page
+            return
+        self.requests.append(request.url)
+        self.in_flight[kind_of(request)] += 1
+        self.most_at_once |= self.in_flight
+
+    def note_end(self, request: Request) -> None:
+        self.in_flight[kind_of(request)] -= 1
 
     def save_screenshot(self, name: str) -> None:
         ARTIFACTS.mkdir(parents=True, exist_ok=True)
@@ -54,6 +65,12 @@ class Tab:
         """Nothing on the console, and no request to anywhere else."""
         assert self.complaints == []
         assert {"{0.scheme}://{0.netloc}".format(urlsplit(url)) for url in self.requests} <= set(origins)
+
+
+def kind_of(request: Request) -> str:
+    """Its path; of /api/stats with what decides its cost."""
+    url = urlsplit(request.url)
+    return url.path + "".join(f" top={top}" for top in parse_qs(url.query).get("top", ()))
 
 
 @contextmanager

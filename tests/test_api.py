@@ -1007,9 +1007,10 @@ def test_accept_chooses_json_or_a_record_per_line(backend: Backend, accept: str,
 def test_the_parameter_format_wins_over_accept_and_stays_in_next(backend: Backend, wanted: str, accept: str) -> None:
     stored = store(backend)
     answer = get(backend, headers={"Accept": accept}, date_from=stored["created"], format=wanted)
-    for answer in (answer, requests.get(next_of(answer), headers={"Accept": accept}, timeout=SECONDS)):
-        assert answer.headers["Content-Type"].endswith(wanted)
-        assert f"&format={wanted}" in answer.headers["Link"]
+    following = requests.get(next_of(answer), headers={"Accept": accept}, timeout=SECONDS)
+    for part in (answer, following):
+        assert part.headers["Content-Type"].endswith(wanted)
+        assert f"&format={wanted}" in part.headers["Link"]
     assert_problem(get(backend, format="csv"), 400, "format", "json or ndjson")
 
 

@@ -89,7 +89,7 @@ async function errorOf(response, signal) {
   const problem = isProblem ? await answered(response.json(), "its reply broke off", signal) : {};
   const detail = problem.detail ?? `it answered ${response.status} ${response.statusText}`.trim();
   if (response.status === 401) return new ApiError("token", detail);
-  if (response.status === 410) return new ApiError("gone", detail, { keptFrom: Date.parse(problem.kept_from) });
+  if (response.status === 410) return new ApiError("gone", detail, { keptFrom: problem.kept_from });
   if (response.status < 500 && ![408, 425, 429].includes(response.status)) return new ApiError("refused", detail);
   return new ApiError("away", detail, { retryAfter: Number(response.headers.get("Retry-After")) || 0 });
 }

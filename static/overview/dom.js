@@ -19,14 +19,16 @@ export function setText(node, text) {
  * `make(item)` gives a new element, `update(node, item)` brings it up to date.
  */
 export function syncChildren(host, items, keyOf, make, update) {
-  const before = new Map([...host.children].map((node) => [node.dataset.key, node]));
+  const focused = document.activeElement;
+  const wanted = new Set(items.map((item) => String(keyOf(item))));
+  const present = new Map([...host.children].map((node) => [node.dataset.key, node]));
+  for (const [key, node] of present) if (!wanted.has(key)) node.remove();
   items.forEach((item, index) => {
     const key = String(keyOf(item));
-    const node = before.get(key) ?? make(item);
-    before.delete(key);
+    const node = present.get(key) ?? make(item);
     node.dataset.key = key;
     update(node, item);
     if (host.children[index] !== node) host.insertBefore(node, host.children[index] ?? null);
   });
-  for (const node of before.values()) node.remove();
+  if (host.contains(focused) && document.activeElement !== focused) focused.focus({ preventScroll: true }); // was moved
 }

@@ -9,6 +9,7 @@ const LONGEST_URI = 300;
 export const CLASSES = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 
 export const formatCount = (count) => COUNT.format(count);
+export const formatRecords = (count) => `${formatCount(count)} ${count === 1 ? "record" : "records"}`;
 export const formatShort = (count) => SHORT.format(count);
 export const localZone = () => Intl.DateTimeFormat().resolvedOptions().timeZone;
 export const zoneName = (zone) => (zone === "utc" ? "UTC" : `local, ${localZone()}`);

@@ -4,7 +4,7 @@
 import { element } from "./dom.js";
 import { formatCount, formatCreated, shortUri } from "./format.js";
 
-const MOST_LINES = 200;
+const MOST_LINES = 100;
 
 export class Lines {
   #list;
@@ -31,6 +31,7 @@ export class Lines {
 
   setZone(zone) {
     this.#zone = zone;
+    this.#list.dataset.zone = zone;
     for (const time of this.#list.getElementsByTagName("time")) time.textContent = formatCreated(time.dateTime, zone);
   }
 
@@ -53,7 +54,7 @@ export class Lines {
   }
 
   get #isHeld() {
-    return this.#list.matches(":hover, :focus-within");
+    return this.#list.childElementCount > 0 && this.#list.matches(":hover, :focus-within");
   }
 
   #flush() {
@@ -66,7 +67,7 @@ export class Lines {
 
   #say() {
     const { length } = this.#waiting;
-    const waiting = length ? `${formatCount(length)}${length < MOST_LINES ? "" : " or more"} new ones wait. ` : "";
+    const waiting = length ? `Standing still; new: ${formatCount(length)}${length < MOST_LINES ? "" : " or more"}. ` : "";
     this.#state.textContent = waiting + this.#note;
   }
 

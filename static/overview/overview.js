@@ -1,7 +1,8 @@
 // The overview page. It uses the public API only: numbers from /api/stats, lines from /api/data and its `next` links.
 //
-//   address bar -> view (view.js) -> numbers: a poller and panels.js, chart.js
-//                                 -> lines: a poller, feed.js and lines.js, begun by the first numbers
+//   address bar -> view (view.js) -> numbers: a poller and panels.js, chart.js; the first ones of a view begin
+//                                      -> top lists: a poller and panels.js; they cost the backend most
+//                                      -> lines: a poller, feed.js and lines.js
 //
 // Whatever is pressed changes the view, and the address bar with it: a view can be sent as a link, and "back" works.
 
@@ -9,13 +10,15 @@ import { Api, ApiError } from "./api.js";
 import { Chart } from "./chart.js";
 import { byId, element, setText, syncChildren } from "./dom.js";
 import { Feed } from "./feed.js";
-import { formatClock, formatCount, formatDuration, formatMoment, fromInput, localZone, toInput } from "./format.js";
+import { formatClock, formatCount, formatDuration, formatMoment, formatRecords, fromInput, localZone, toInput } from "./format.js";
 import { Lines } from "./lines.js";
-import { describeChart, showClasses, showCounts, showTable } from "./panels.js";
+import { describeChart, showClasses, showCounts, showTable, showTops } from "./panels.js";
 import { Poller, retrySeconds } from "./poller.js";
-import { addressOf, FILTERS, frameOf, parseView, queryOf, WINDOWS } from "./view.js";
+import { addressOf, FILTERS, frameOf, keptPart, parseView, queryOf, WINDOWS } from "./view.js";
 
-const STATS_SECONDS = 5;
+const NUMBERS_SECONDS = 5;
+const TOPS_SECONDS = 15;
+const REST = 9; // after each of these two, times what it took: a tenth of the backend's time at most
 const TOP = 10;
 const DOWNLOAD_RECORDS = 100_000; // with a token the page has to hold them all in memory
 const GOOD_NEWS_SECONDS = 10; // shown for
@@ -24,25 +27,28 @@ const api = new Api();
 const lines = new Lines(byId("lines"), byId("lines-state"), press);
 const feed = new Feed(api, (records, skipped) => lines.add(records, skipped));
 const chart = new Chart(byId("chart"), byId("tip"), (from, to) => change({ window: null, from, to }));
-const numbersPoller = new Poller(guarded("numbers", pollNumbers));
+const numbersPoller = new Poller(guarded("numbers", gently(NUMBERS_SECONDS, pollNumbers)));
+const topsPoller = new Poller(guarded("top lists", gently(TOPS_SECONDS, pollTops)));
 const linesPoller = new Poller(guarded("lines", (signal) => feed.step(signal)));
 
 let view; // what the address bar says
-let numbers = null; // the last reply of /api/stats for this view
-let keptFrom = -Infinity; // records before that have expired
+let numbers = null; // the last ones of this view: { stats, frame }
+let keptFrom = null; // as the API says it: records before that have expired
 let isPaused = false;
+let notes = []; // on this view, said with its first numbers
 
 // ---- The view -------------------------------------------------------------------------------------------------------
 
 function readAddress() {
   const { view: asked, problems } = parseView(location.search);
   view = asked;
+  notes = problems.length ? [`In the address: ${problems.join("; ")}.`] : [];
   restart();
-  if (problems.length) say(`In the address: ${problems.join("; ")}.`, "problem");
 }
 
 function change(changes) {
   view = { ...view, ...changes };
+  notes = [];
   history.pushState(null, "", addressOf(view) || location.pathname);
   restart();
 }
@@ -51,6 +57,9 @@ function change(changes) {
 function press(filter, value) {
   const { [filter]: before, ...filters } = view.filters;
   change({ filters: before === value ? filters : { ...filters, [filter]: value } });
+  if (document.activeElement !== document.body) return;
+  const chip = [...byId("filters").children].find((item) => item.dataset.key === `${filter} ${value}`);
+  (chip?.firstElementChild ?? byId("overview")).focus(); // what was pressed has gone
 }
 
 function changeZone(zone) {
@@ -63,31 +72,49 @@ function changeZone(zone) {
 
 function restart() {
   numbers = null;
+  topsPoller.stop();
   linesPoller.stop();
   lines.clear();
   lines.setZone(view.zone);
   showControls();
-  byId("overview").ariaBusy = "true";
+  for (const id of ["overview", "addresses", "uris"]) byId(id).ariaBusy = "true";
   numbersPoller.restart();
 }
 
 function currentFrame() {
-  const frame = frameOf(view, api.now());
-  return { ...frame, from: Math.max(frame.from, keptFrom) };
+  return keptPart(frameOf(view, api.now()), keptFrom);
 }
 
 // ---- Asking ---------------------------------------------------------------------------------------------------------
 
+/** Whether there may be more to come. */
 async function pollNumbers(signal) {
   const frame = currentFrame();
   if (frame.from >= frame.to) throw new ApiError("refused", "all records of this window have expired");
-  const stats = await api.stats(queryOf(frame, view.filters, { buckets: frame.buckets, top: TOP }), signal);
+  const stats = await api.stats(queryOf(frame, view.filters, { buckets: frame.buckets, top: 0 }), signal);
   const isFirst = numbers === null;
   numbers = { stats, frame };
   showNumbers();
   lines.dropBefore(frame.from);
   if (isFirst) begin();
-  return frame.to > api.now() ? STATS_SECONDS : null;
+  return frame.moves || frame.to > api.now();
+}
+
+async function pollTops(signal) {
+  const frame = currentFrame();
+  const stats = await api.stats(queryOf(frame, view.filters, { buckets: 1, top: TOP }), signal);
+  for (const id of ["addresses", "uris"]) byId(id).ariaBusy = "false";
+  showTops(stats, view.filters, press);
+  return frame.moves || frame.to > api.now();
+}
+
+/** A step as one for a poller: it is done again after so many seconds, or later if it takes its time. */
+function gently(seconds, step) {
+  return async (signal) => {
+    const began = performance.now();
+    const goesOn = await step(signal);
+    return goesOn ? Math.max(seconds, (REST * (performance.now() - began)) / 1000) : null;
+  };
 }
 
 /** The first numbers of a view are there. */
@@ -96,8 +123,10 @@ function begin() {
   byId("overview").ariaBusy = "false";
   leaveSignIn();
   const filters = Object.entries(view.filters).map(([name, value]) => `, ${FILTERS[name].label.toLowerCase()} ${value}`);
-  if (!outage) say(`${formatCount(stats.total)} records${filters.join("")}`, "quiet");
+  if (notes.length) say(notes.join(" "), "problem");
+  else if (!outage) say(`${formatRecords(stats.total)}${filters.join("")}`, "quiet");
   feed.begin(frame, view.filters, stats.buckets);
+  topsPoller.restart();
   if (!isPaused) linesPoller.restart();
 }
 
@@ -128,10 +157,10 @@ function guarded(what, step) {
 /** Asking the same again is of no use. */
 function giveUp(error) {
   if (error.kind === "token") askForToken();
-  else if (error.kind === "gone" && error.keptFrom >= keptFrom) {
-    keptFrom = error.keptFrom + 1; // its last three decimals are lost here
+  else if (error.kind === "gone" && error.keptFrom !== keptFrom) {
+    ({ keptFrom } = error);
+    notes = [`Records before ${formatMoment(Date.parse(keptFrom), view.zone)} have expired and were deleted.`];
     restart();
-    say(`Records before ${formatMoment(error.keptFrom, view.zone)} have expired and were deleted.`, "problem");
   } else say(`Nothing to show: ${error.message}`, "problem");
 }
 
@@ -152,7 +181,7 @@ function noteOutage(what, reason) {
   outage ??= { since: Date.now(), reasons: new Map() };
   outage.reasons.set(what, reason);
   const [first] = outage.reasons.values();
-  say(`The backend does not answer since ${formatClock(outage.since, view.zone)}: ${first}. Trying again.`, "problem");
+  say(`The backend has not answered since ${formatClock(outage.since, view.zone)}: ${first}. Retrying.`, "problem");
 }
 
 function noteAnswer(what) {
@@ -177,8 +206,7 @@ function showControls() {
   for (const node of document.getElementsByClassName("zone")) {
     setText(node, view.zone === "utc" ? "(UTC)" : `(local time, ${localZone()})`);
   }
-  byId("own").hidden = view.window !== null;
-  if (view.window === null) fillOwn(view);
+  showOwn(view.window === null ? view : null);
   byId("curl").hidden = true;
   showFilters();
   showDownload();
@@ -224,11 +252,16 @@ function showNumbers() {
 
 // ---- A window of one's own ------------------------------------------------------------------------------------------
 
+/** Opens the form with a window's dates, or closes it. */
+function showOwn(frame) {
+  byId("own").hidden = !frame;
+  byId("windows").lastElementChild.ariaExpanded = String(Boolean(frame));
+  if (frame) fillOwn(frame);
+}
+
 function openOwn() {
-  byId("own").hidden = !byId("own").hidden && view.window !== null;
-  if (byId("own").hidden) return;
-  fillOwn(currentFrame());
-  byId("own-from").focus();
+  showOwn(byId("own").hidden || view.window === null ? currentFrame() : null);
+  if (!byId("own").hidden) byId("own-from").focus();
 }
 
 function fillOwn({ from, to }) {
@@ -290,8 +323,8 @@ function saveAs(name, blob) {
 
 function showCurl(count) {
   const isAll = count < DOWNLOAD_RECORDS;
-  const first = `The first ${formatCount(count)} records are in the file, as many as a page can take.`;
-  say(isAll ? `${formatCount(count)} records are in the file.` : first, isAll ? "good" : "quiet");
+  const first = `Saved the first ${formatRecords(count)}, as many as a page can take.`;
+  say(isAll ? `Saved ${formatRecords(count)}.` : first, isAll ? "good" : "quiet");
   byId("curl").hidden = isAll;
   setText(byId("curl-says"), `${first} For all of them, with API_TOKEN set in your shell:`);
   const address = new URL(downloadAddress(), document.baseURI).href.replaceAll("'", "%27");
@@ -302,8 +335,7 @@ function showCurl(count) {
 // ---- The token ------------------------------------------------------------------------------------------------------
 
 function askForToken() {
-  numbersPoller.stop();
-  linesPoller.stop();
+  for (const poller of [numbersPoller, topsPoller, linesPoller]) poller.stop();
   setText(byId("sign-in-problem"), api.hasToken ? "The backend does not accept this token." : "");
   say("", "quiet");
   byId("overview").hidden = true;

@@ -1,7 +1,7 @@
 // The numbers: totals, classes, the lists of methods, status codes, addresses and URIs, and the chart as a table.
 
 import { byId, element, setText, syncChildren } from "./dom.js";
-import { CLASSES, formatCount, formatMoment, shortUri } from "./format.js";
+import { CLASSES, formatCount, formatMoment, formatRecords, shortUri } from "./format.js";
 
 const MOST_ENTRIES = 10; // of methods and status codes; clients may invent many
 
@@ -32,12 +32,16 @@ export function showCounts(stats, filters, onPress) {
   const methods = largest(stats.methods);
   const statuses = largest(stats.status_codes);
   statuses.entries.sort((one, other) => one.value - other.value);
-  const list = (id, filter, entries, of) => showList(byId(id), entries, of, filter, filters, onPress);
-  list("methods", "method", withOthers(methods), stats.total);
-  list("statuses", "status_code", withOthers(statuses), stats.total);
-  list("addresses", "ip", stats.top_ips.map(({ ip, count }) => ({ value: ip, count })), stats.top_of);
-  list("uris", null, stats.top_uris.map(({ uri, count }) => ({ value: uri, count })), stats.top_of);
-  const note = stats.top_of < stats.total ? `Of the newest ${formatCount(stats.top_of)} records` : "";
+  showList(byId("methods"), withOthers(methods), stats.total, "method", filters, onPress);
+  showList(byId("statuses"), withOthers(statuses), stats.total, "status_code", filters, onPress);
+}
+
+export function showTops(stats, filters, onPress) {
+  const addresses = stats.top_ips.map(({ ip, count }) => ({ value: ip, count }));
+  const uris = stats.top_uris.map(({ uri, count }) => ({ value: uri, count }));
+  showList(byId("addresses"), addresses, stats.top_of, "ip", filters, onPress);
+  showList(byId("uris"), uris, stats.top_of, null, filters, onPress);
+  const note = stats.top_of < stats.total ? `Of the newest ${formatRecords(stats.top_of)}` : "";
   for (const node of document.getElementsByClassName("top-of")) setText(node, note);
 }
 

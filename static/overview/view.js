@@ -77,6 +77,11 @@ export function frameOf(view, now) {
   return { from: to - length, to, buckets: length / step, moves: true };
 }
 
+/** What is left of a window when records before `keptFrom`, a date with all its decimals, have expired. */
+export function keptPart(frame, keptFrom) {
+  return Date.parse(keptFrom) >= frame.from ? { ...frame, from: Date.parse(keptFrom), date_from: keptFrom } : frame;
+}
+
 /** How many bars a window has: of whole minutes each where that can be. */
 function barsOf(length) {
   if (length % MINUTE === 0 && length <= FEWEST_BARS * MINUTE && length >= 5 * MINUTE) return length / MINUTE;
@@ -86,6 +91,6 @@ function barsOf(length) {
 
 /** The parameters that ask the API for a window with the view's filters. */
 export function queryOf(frame, filters, more = {}) {
-  const dates = { date_from: new Date(frame.from).toISOString(), date_to: new Date(frame.to).toISOString() };
-  return new URLSearchParams({ ...dates, ...filters, ...more });
+  const { from, to, date_from = new Date(from).toISOString() } = frame;
+  return new URLSearchParams({ date_from, date_to: new Date(to).toISOString(), ...filters, ...more });
 }
