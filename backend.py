@@ -1535,7 +1535,10 @@ WAITRESS_NAMES = {
     waitress.receiver.ChunkedReceiver: (
         "received", "control_line", "trailer", "chunk_remainder", "validate_chunk_end", "all_chunks_received", "getbuf",
     ),
-    waitress.task.Task: ("start", "has_body", "set_close_on_finish"),
+    waitress.task.Task: (
+        "build_response_header", "complete", "content_bytes_written", "content_length", "has_body",
+        "set_close_on_finish", "start", "write", "wrote_header",
+    ),
     waitress.task.WSGITask: ("get_environment", "service"),
     waitress.task.ErrorTask: ("execute",),
     waitress.task.ThreadedTaskDispatcher: ("add_task", "set_thread_count"),
@@ -1718,6 +1721,8 @@ class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
 class Task(waitress.task.WSGITask):  # type: ignore[misc]
     """Has the application answer a request."""
 
+    wrote_header: bool
+
     def start(self) -> None:
         super().start()
         if not self.request.completed:  # answered by its head: the connection cannot be used on
@@ -1730,6 +1735,16 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
 
     def get_environment(self) -> dict[str, Any]:
         return {**super().get_environment(), REQUEST: self.request, CHANNEL: self.channel}
+
+    def write(self, data: bytes) -> None:
+        """The head of a short answer goes out with its body: in one packet, by one system call."""
+        whole = self.complete and self.has_body and 0 < len(data) <= OUTBUF_BYTES and len(data) == self.content_length
+        if self.wrote_header or not whole:
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header, self.content_bytes_written = True, len(data)
+        self.channel.write_soon(head + data)
 
 
 class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
