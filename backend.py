@@ -124,6 +124,11 @@ EXPIRY_PAUSE_SECONDS = 60.0  # between two looks for what has expired, which goe
 EXPIRY_STEP_ROWS = 1_000  # deleted in one transaction: some ms, for which a line sent again under such an id waits
 EXPIRY_REST = 4  # after each step, times what it took: some 50,000 records/s go, and storing keeps its pace
 
+# Counting by minute
+COUNTING_PAUSE_SECONDS = 10.0  # what came since is counted by each GET of /api/stats that is about it
+COUNTING_STEP_ROWS = 50_000  # counted in one transaction: some 50 ms, for which a step of retention waits
+COUNTING_REST = 2  # after each step, times what it took: ten million records take a minute
+
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
 
@@ -449,7 +454,7 @@ SCHEMA_READY = """
 SELECT to_regprocedure('store_logs_v2(uuid[],inet[],text[],text[],smallint[])') IS NOT NULL
        AND to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL
        AND to_regprocedure('window_end_v2(timestamptz,timestamptz)') IS NOT NULL
-       AND to_regprocedure('stats_window_v1(timestamptz,timestamptz)') IS NOT NULL
+       AND to_regprocedure('count_minutes_v1(integer)') IS NOT NULL
 """
 SECONDS_AHEAD = "SELECT seconds_ahead_v1()"
 
@@ -486,12 +491,23 @@ SELECT window_end, oldest, newest, kept_from
 # As of one snapshot, `kept_from` included: see migrations/0011.create-stats.sql.
 STATS = """
 SELECT kept_from_v1(),
-       stats_v1(
+       stats_counts_v1(
            %(date_from)s::timestamptz, %(date_to)s::timestamptz,
            %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
-           %(edges)s::timestamptz[], %(top)s::integer, %(most)s::integer
+           %(edges)s::timestamptz[], %(rows)s::integer
+       ),
+       stats_top_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           'ip', %(top)s::integer, %(rows)s::integer
+       ),
+       stats_top_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           'uri', %(top)s::integer, %(rows)s::integer
        )
 """
+COUNT_MINUTES = "SELECT counted FROM count_minutes_v1(%(rows)s)"
 
 DELETE_EXPIRED = "SELECT deleted FROM delete_expired_v1(make_interval(secs => %(seconds)s), %(rows)s)"
 
@@ -863,53 +879,56 @@ def describe_lead(seconds: float) -> str:
     return f"{seconds:,.0f} s ahead of the database's clock: it was set back, or was wrong when records were stored"
 
 
-# ---- Retention ------------------------------------------------------------------------------------------------------
+# ---- In the background: retention and counting ----------------------------------------------------------------------
+
+# One thread for each, that does what is due in small steps with a rest after each: so much of the time of one session
+# goes into it, however much there is to do. Each step is one statement and one transaction: wherever this process is
+# killed, what is done and how far it got agree. Of all processes one is at it at a time (delete_expired_v1,
+# count_minutes_v1); who finds another one at it leaves it the round.
 
 
-class Retention:
-    """One thread that deletes what has expired, in small steps with a longer rest after each: a fifth of the time of
-    one session goes into it, however much there is to delete.
-
-    Each step is one statement and one transaction: wherever this process is killed, what is deleted and `kept_from`
-    agree. Of all processes one deletes at a time (delete_expired_v1); who finds another one at it leaves it the round.
-    """
-
-    def __init__(self, session: Session, days: int) -> None:
-        self._session, self._days = session, days
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="retention", daemon=True).start()
-
-    def _run(self) -> None:
+def start_chore(name: str, do_what_is_due: Callable[[], None], pause_seconds: float) -> None:
+    def run() -> None:
         while True:
             try:
-                self.delete_expired()
+                do_what_is_due()
             except Unavailable as error:
-                log.debug("retention: %s", error.description)  # the session has told the outage
+                log.debug("%s: %s", name, error.description)  # the session has told the outage
             except Exception:
-                log.exception("deleting expired records failed; trying again in %.0f s", EXPIRY_PAUSE_SECONDS)
-            time.sleep(EXPIRY_PAUSE_SECONDS)
+                log.exception("%s failed; trying again in %.0f s", name, pause_seconds)
+            time.sleep(pause_seconds)
 
-    def delete_expired(self) -> None:
-        """All that has expired, or until another process is found at it. Raises Unavailable."""
-        total, began = 0, time.monotonic()
-        try:
-            while deleted := self._step():
-                if not total:
-                    log.info("retention: deleting records older than RETENTION_DAYS=%d", self._days)
-                total += deleted
-        finally:
-            if total:
-                log.info("retention: deleted %d records in %.1f s", total, time.monotonic() - began)
+    threading.Thread(target=run, name=name, daemon=True).start()
 
-    def _step(self) -> int | None:
-        """How many records were deleted; None: another process is at it."""
-        began = time.monotonic()
-        parameters = {"seconds": self._days * DAY_SECONDS, "rows": EXPIRY_STEP_ROWS}
-        [deleted] = self._session.query(DELETE_EXPIRED, parameters)
-        if deleted:
-            time.sleep(EXPIRY_REST * (time.monotonic() - began))
-        return deleted  # type: ignore[no-any-return]
+
+def take_step(session: Session, statement: str, parameters: Mapping[str, Any], rest: int) -> int | None:
+    """How many records were in it; None: another process is at it. `rest` is how many times as long as the step."""
+    began = time.monotonic()
+    [count] = session.query(statement, parameters)
+    if count:
+        time.sleep(rest * (time.monotonic() - began))
+    return count  # type: ignore[no-any-return]
+
+
+def delete_expired(session: Session, days: int) -> None:
+    """All that has expired, or until another process is found at it. Raises Unavailable."""
+    total, began = 0, time.monotonic()
+    parameters = {"seconds": days * DAY_SECONDS, "rows": EXPIRY_STEP_ROWS}
+    try:
+        while deleted := take_step(session, DELETE_EXPIRED, parameters, EXPIRY_REST):
+            if not total:
+                log.info("retention: deleting records older than RETENTION_DAYS=%d", days)
+            total += deleted
+    finally:
+        if total:
+            log.info("retention: deleted %d records in %.1f s", total, time.monotonic() - began)
+
+
+def count_minutes(session: Session) -> None:
+    """All records that are not in the table of minutes yet, or until another process is found at it. Raises
+    Unavailable."""
+    while take_step(session, COUNT_MINUTES, {"rows": COUNTING_STEP_ROWS}, COUNTING_REST):
+        pass
 
 
 # ---- Storing: POST --------------------------------------------------------------------------------------------------
@@ -1283,6 +1302,12 @@ STATS_PARAMETERS: dict[str, Parameter] = {
 STATS_DEFAULTS = {"buckets": 60, "top": 10}
 
 
+def parse_stats(query: Mapping[str, Any]) -> dict[str, Any]:
+    """As parse_window."""
+    asked = parse_window(query, STATS_PARAMETERS)
+    return asked | {name: default for name, default in STATS_DEFAULTS.items() if asked[name] is None}
+
+
 def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a window. Raises Unavailable, Gone.
 
@@ -1299,11 +1324,23 @@ def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, 
         first = date_to if oldest is None else max(oldest - (oldest - EPOCH) % MINUTE, kept_from or EPOCH)
         date_from = min(first, date_to)
     edges = edges_of(date_from, date_to, asked["buckets"])
-    window = {**asked, "date_from": date_from, "date_to": window_end, "edges": edges[1:-1], "most": STATS_ROWS}
-    kept_from, text = read(STATS, window)
+    window = {**asked, "date_from": date_from, "date_to": window_end, "edges": edges[1:-1], "rows": STATS_ROWS}
+    kept_from, counts, ips, uris = read(STATS, window)
     if kept_from is not None and kept_from > date_from and not all_kept:
         raise Gone(kept_from)
-    return as_stats(json.loads(text), edges)
+    methods = sorted(counts["methods"] or (), key=lambda one: (-one[1], one[0]))
+    total = sum(count for _, count in methods)
+    return {
+        "date_from": format_date(date_from),
+        "date_to": format_date(date_to),
+        "total": total,
+        "methods": dict(methods),
+        "status_codes": {str(status): count for status, count in sorted(counts["status_codes"] or ())},
+        "buckets": as_buckets(counts["buckets"] or (), edges),
+        "top_ips": [{"ip": ip, "count": count} for ip, count in ips or ()],
+        "top_uris": [{"uri": uri, "count": count} for uri, count in uris or ()],
+        "top_of": min(total, STATS_ROWS),
+    }
 
 
 def edges_of(date_from: datetime, date_to: datetime, buckets: int) -> list[datetime]:
@@ -1316,27 +1353,15 @@ def edges_of(date_from: datetime, date_to: datetime, buckets: int) -> list[datet
     return edges
 
 
-def as_stats(counted: Mapping[str, Any], edges: Sequence[datetime]) -> dict[str, Any]:
-    """The reply, from what stats_v1 gives."""
-    counts = counted["counts"]
+def as_buckets(counts: Sequence[tuple[int, int, int]], edges: Sequence[datetime]) -> list[dict[str, Any]]:
+    """The buckets of a reply, from [bucket, class of status, number of records] of those that are not 0."""
     buckets: list[dict[str, Any]] = [
         {"date_from": format_date(start), "date_to": format_date(end), **{f"{n}xx": 0 for n in range(1, 6)}}
         for start, end in pairwise(edges)
     ]
-    for bucket, status_class, count in counts["buckets"]:
+    for bucket, status_class, count in counts:
         buckets[bucket][f"{status_class}xx"] = count
-    total = sum(count for _, count in counts["methods"])
-    return {
-        "date_from": format_date(edges[0]),
-        "date_to": format_date(edges[-1]),
-        "total": total,
-        "methods": dict(sorted(counts["methods"], key=lambda one: (-one[1], one[0]))),
-        "status_codes": {str(status): count for status, count in sorted(counts["status_codes"])},
-        "buckets": buckets,
-        "top_ips": [{"ip": ip, "count": count} for ip, count in counted["top_ips"]],
-        "top_uris": [{"uri": uri, "count": count} for uri, count in counted["top_uris"]],
-        "top_of": min(total, STATS_ROWS),
-    }
+    return buckets
 
 
 # ---- Routes and access ----------------------------------------------------------------------------------------------
@@ -1408,8 +1433,7 @@ class Api:
                 response.set_header(name, format_date(moment))
 
     def on_get_stats(self, request: falcon.Request, response: falcon.Response) -> None:
-        given = parse_window(request.params, STATS_PARAMETERS)
-        asked = {**given, **{name: value for name, value in STATS_DEFAULTS.items() if given[name] is None}}
+        asked = parse_stats(request.params)
         response.data = json.dumps(read_stats(self._database.read, asked)).encode()
 
     def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
@@ -2320,9 +2344,12 @@ def make_server(settings: Settings, conninfo: str, listener: socket.socket) -> S
     app = create_app(database, places, settings)  # the threads that no export can have are left for other GETs
     server = Server(app, GroupCommit(database.storing), places, settings.threads, listener)
     server.start(settings.threads)
+    goes_on = "%s fails: %s; it goes on when that works again"
+    counting = Session(conninfo, Outage("counting records", goes_on))
+    start_chore("counting", partial(count_minutes, counting), COUNTING_PAUSE_SECONDS)
     if settings.retention_days:
-        outage = Outage("deleting expired records", "%s fails: %s; it goes on when that works again")
-        Retention(Session(conninfo, outage), settings.retention_days).start()
+        deleting = Session(conninfo, Outage("deleting expired records", goes_on))
+        start_chore("retention", partial(delete_expired, deleting, settings.retention_days), EXPIRY_PAUSE_SECONDS)
     return server
 
 
