@@ -68,6 +68,7 @@ def test_try_it_out_stores_a_line_and_reads_it_back_without_editing(docs: Tab, b
     docs.assert_quiet(backend.url)
 
 
+@pytest.mark.slow
 def test_try_it_out_works_behind_a_proxy_that_adds_a_prefix(browser: Browser, backend: Backend, tmp_path: Path) -> None:
     server = (
         f"location /logs/ {{ proxy_pass {backend.url}/; proxy_http_version 1.1; proxy_set_header Host $http_host; }}"

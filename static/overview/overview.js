@@ -35,20 +35,18 @@ let view; // what the address bar says
 let numbers = null; // the last ones of this view: { stats, frame }
 let keptFrom = null; // as the API says it: records before that have expired
 let isPaused = false;
-let notes = []; // on this view, said with its first numbers
+let problems = []; // with the address, said with the first numbers
 
 // ---- The view -------------------------------------------------------------------------------------------------------
 
 function readAddress() {
-  const { view: asked, problems } = parseView(location.search);
-  view = asked;
-  notes = problems.length ? [`In the address: ${problems.join("; ")}.`] : [];
+  ({ view, problems } = parseView(location.search));
   restart();
 }
 
 function change(changes) {
   view = { ...view, ...changes };
-  notes = [];
+  problems = [];
   history.pushState(null, "", addressOf(view) || location.pathname);
   restart();
 }
@@ -94,6 +92,7 @@ async function pollNumbers(signal) {
   const stats = await api.stats(queryOf(frame, view.filters, { buckets: frame.buckets, top: 0 }), signal);
   const isFirst = numbers === null;
   numbers = { stats, frame };
+  leaveSignIn();
   showNumbers();
   lines.dropBefore(frame.from);
   if (isFirst) begin();
@@ -121,9 +120,9 @@ function gently(seconds, step) {
 function begin() {
   const { stats, frame } = numbers;
   byId("overview").ariaBusy = "false";
-  leaveSignIn();
   const filters = Object.entries(view.filters).map(([name, value]) => `, ${FILTERS[name].label.toLowerCase()} ${value}`);
-  if (notes.length) say(notes.join(" "), "problem");
+  const expired = frame.date_from ? [`Records before ${formatMoment(frame.from, view.zone)} have expired and were deleted.`] : [];
+  if (problems.length + expired.length) say([...problems, ...expired].join(" "), "problem");
   else if (!outage) say(`${formatRecords(stats.total)}${filters.join("")}`, "quiet");
   feed.begin(frame, view.filters, stats.buckets);
   topsPoller.restart();
@@ -159,7 +158,6 @@ function giveUp(error) {
   if (error.kind === "token") askForToken();
   else if (error.kind === "gone" && error.keptFrom !== keptFrom) {
     ({ keptFrom } = error);
-    notes = [`Records before ${formatMoment(Date.parse(keptFrom), view.zone)} have expired and were deleted.`];
     restart();
   } else say(`Nothing to show: ${error.message}`, "problem");
 }

@@ -31,7 +31,7 @@ export function parseMoment(text) {
   return found ? Date.parse(text.replace(" ", "T") + (found[1] && !found[4] ? "Z" : "")) : NaN;
 }
 
-/** The view that a query means, and a line for each part of it that means nothing. */
+/** The view that a query means, and a sentence for each part of it that means nothing. */
 export function parseView(query) {
   const given = new URLSearchParams(query);
   const view = { window: given.get("window") ?? DEFAULT_WINDOW, from: null, to: null, filters: {}, zone: "utc" };
@@ -39,16 +39,16 @@ export function parseView(query) {
   if (given.has("date_from") || given.has("date_to")) {
     const [from, to] = ["date_from", "date_to"].map((name) => parseMoment(given.get(name) ?? ""));
     if (from < to) Object.assign(view, { window: null, from, to });
-    else problems.push("date_from and date_to must be two dates such as 2026-11-23T18:00Z, the first one earlier");
+    else problems.push("In the address date_from must be a date such as 2026-11-23T18:00Z, and date_to a later one.");
   }
   if (view.window !== null && !Object.hasOwn(WINDOWS, view.window)) {
-    problems.push(`the window must be one of ${Object.keys(WINDOWS).join(", ")}`);
+    problems.push(`In the address window must be one of ${Object.keys(WINDOWS).join(", ")}.`);
     view.window = DEFAULT_WINDOW;
   }
   for (const [name, { label, pattern }] of Object.entries(FILTERS)) {
     const value = given.get(name);
     if (value !== null && pattern.test(value)) view.filters[name] = value;
-    else if (value !== null) problems.push(`${value.slice(0, 40)} is no ${label.toLowerCase()}`);
+    else if (value !== null) problems.push(`In the address ${value.slice(0, 40)} is no ${label.toLowerCase()}.`);
   }
   if (given.get("zone") === "local") view.zone = "local";
   return { view, problems };
