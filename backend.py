@@ -157,7 +157,9 @@ def check_connection_url(text: str) -> str:
 
 
 Text = Annotated[str, r"[^\0]+", "any text"]
-Origins = Annotated[str, r"\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*", "* or http(s)://host[:port], by commas"]
+Origins = Annotated[
+    str, r"(?i:\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*)", "* or http(s)://host[:port], by commas"
+]
 Secret = Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"]
 ConnectionUrl = Annotated[
     str, check_connection_url, "like postgresql://user:password@host:5432/name (its value is not shown)"
@@ -306,7 +308,7 @@ MICROSECOND = timedelta(microseconds=1)
 # (day)(hours, minutes, seconds, fraction)(offset). A + that was not escaped arrives as a space.
 ISO_DATE = (
     r"([1-9][0-9]{3}-[0-9]{2}-[0-9]{2})"
-    r"(?:[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,12})?)?)([Zz]|[+ \-][0-9]{2}:?[0-5][0-9])?)?"
+    r"(?:[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,12})?)?)([Zz]|[+ \-][0-9]{2}(?::?[0-5][0-9])?)?)?"
 )
 # (seconds)(fraction): ten digits last to the year 2286; milliseconds have thirteen and are told apart
 UNIX_SECONDS = r"(-?[0-9]{1,10})(?:\.([0-9]{1,12}))?"
@@ -432,6 +434,7 @@ SELECT CASE WHEN current_setting('transaction_isolation') <> 'read committed'
 """
 
 # A column is one text with a value per line: for the driver that is a tenth of the work of an array of a thousand.
+# Warnings are asked for whatever the role is set to: a commit that is less than it should be is told by one.
 COLUMNS = ("ids", *(f"{field.column}s" for field in FIELDS))
 TYPES = ("uuid", *(field.type for field in FIELDS))
 STORE_LOGS = """
@@ -439,6 +442,7 @@ SELECT first_created, known, known_created, conflicting, ahead_seconds
   FROM store_logs_v2(
            {}
        )
+ CROSS JOIN set_config('client_min_messages', 'warning', TRUE)
 """.format(
     ",\n           ".join(
         rf"string_to_array(%({column})s, E'\n')::{type_}[]" for column, type_ in zip(COLUMNS, TYPES, strict=True)
@@ -513,7 +517,9 @@ DELETE_EXPIRED = "SELECT deleted FROM delete_expired_v1(make_interval(secs => %(
 
 NO_ANSWER = "The database does not answer; nothing was confirmed. Send the same request again."
 NO_TABLES = "The database has no tables yet, or old ones: run `make migrate`."
-TOO_SLOW = f"The database needed more than {STATEMENT_SECONDS:.0f} s for this and was stopped; nothing was confirmed."
+TOO_SLOW = (
+    f"The database was stopped at this, after {STATEMENT_SECONDS:.0f} s or by its own limit; nothing was confirmed."
+)
 TOO_SLOW_RETRY_SECONDS = 10
 
 
@@ -572,6 +578,15 @@ class Connection(psycopg.Connection[Any]):
             return super().wait(gen, interval, CANCEL_SECONDS)  # raises QueryCanceled; or returns, if it was over
 
 
+def check_encoding(connection: psycopg.Connection[Any]) -> None:
+    """Raises OperationalError if the database cannot store every character: good lines would be refused for good."""
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding not in ("UTF8", "SQL_ASCII", None):
+        raise psycopg.OperationalError(
+            f"the database's encoding {encoding} lacks characters that lines may have: create it with ENCODING 'UTF8'"
+        )
+
+
 class Session:
     """A session of PostgreSQL that survives the loss of its connection, as each statement is a transaction of its own.
 
@@ -582,6 +597,7 @@ class Session:
         self._conninfo, self._outage = conninfo, outage
         self._connection: Connection | None = None
         self._warnings: list[str] = []  # that came with the last statement
+        self._ids_run_out = False  # this warning was passed on
         self.repeated = False  # the last statement was sent more than once
         self.begun = 0.0  # when it was sent first, by the monotonic clock
 
@@ -626,18 +642,19 @@ class Session:
         return row
 
     def _connect(self) -> Connection:
-        """To the primary, where several hosts are named and nothing else is asked for."""
-        options = {"target_session_attrs": "primary"} | conninfo_to_dict(self._conninfo)
-        connection = Connection.connect(
-            **options,  # type: ignore[arg-type]
-            autocommit=True,
-            prepare_threshold=None,  # poolers in transaction mode know no prepared statements
-            connect_timeout=CONNECT_SECONDS,
-            keepalives_idle=KEEPALIVE_SECONDS,
-            application_name="log-pipeline",
-            client_encoding="UTF8",
-        )
+        """To the primary, where several hosts are named. What the connection string says itself goes first."""
+        options: dict[str, Any] = {
+            "target_session_attrs": "primary",
+            "connect_timeout": CONNECT_SECONDS,
+            "keepalives_idle": KEEPALIVE_SECONDS,
+            "application_name": "log-pipeline",
+            **conninfo_to_dict(self._conninfo),
+            "client_encoding": "UTF8",
+        }
+        # Poolers in transaction mode know no prepared statements
+        connection = Connection.connect(**options, autocommit=True, prepare_threshold=None)
         self._connection = connection
+        check_encoding(connection)
         connection.adapters.register_dumper(Column, ColumnDumper)
         connection.adapters.register_loader("text", RawText)
         connection.adapters.register_loader("timestamptz", Timestamp)
@@ -651,9 +668,16 @@ class Session:
             self._connection = None
 
     def _hear(self, notice: psycopg.errors.Diagnostic) -> None:
-        """Any warning with a commit means that it is less than it should be; the texts are translated."""
-        if notice.severity_nonlocalized == "WARNING":
-            self._warnings.append(str(notice.message_primary))
+        """Any warning with a commit means that it is less than it should be (the texts are translated), but for one:
+        that transaction ids are running out comes with each statement that needs one, and hurts none."""
+        if notice.severity_nonlocalized != "WARNING":
+            return
+        message = str(notice.message_primary)
+        if notice.source_function != "GetNewTransactionId":
+            self._warnings.append(message)
+        elif not self._ids_run_out:
+            self._ids_run_out = True
+            log.warning("PostgreSQL warns: %s", message)
 
 
 class Database:
@@ -986,9 +1010,11 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-# A string (possessive: with nothing to go back to), or a mark that has a value behind it
-JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[,\[{]', re.DOTALL)
+# No number has a meaning here; int would refuse one of thousands of digits
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_int=float)
+# A string (possessive: with nothing to go back to), or a mark that has a value behind it. A string without an end is a
+# string too: else each quote in it would be tried as the start of another one, which takes quadratic time.
+JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
 
 
 def read_json(text: str) -> Any:
@@ -1482,9 +1508,9 @@ class Access:
     stored. So its Origin is checked before anything is done.
     """
 
-    def __init__(self, token: str, origins: str) -> None:
+    def __init__(self, token: str, origins: Sequence[str]) -> None:
         self._token = token.encode()
-        self._origins = re.split(r"\s*,\s*", origins) if origins else []
+        self._origins = origins
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
         response.append_header("Vary", "Origin")
@@ -1526,13 +1552,19 @@ def page_files(*folders: str) -> list[Path]:
     return sorted(files, key=lambda file: file.name != "index.html")
 
 
+def read_origins(setting: str) -> list[str]:
+    """Those of BACKEND_CORS_ORIGINS, as browsers write them: in lower case, without the scheme's own port."""
+    origins = re.split(r"\s*,\s*", setting.lower()) if setting else []
+    return [origin.removesuffix(":80" if origin.startswith("http:") else ":443") for origin in origins]
+
+
 def create_app(database: Database, places: Places, settings: Settings) -> falcon.App[Any, Any]:
     """The WSGI application on given parts; only Channel can serve it: a POST ends in NeedsBody or Waiting."""
     app = falcon.App(media_type=JSON)
-    if settings.backend_cors_origins:
-        origins = re.split(r"\s*,\s*", settings.backend_cors_origins)
+    origins = read_origins(settings.backend_cors_origins)
+    if origins:
         app.add_middleware(falcon.CORSMiddleware("*" if origins == ["*"] else origins, expose_headers=EXPOSED))
-    app.add_middleware(Access(settings.api_token, settings.backend_cors_origins))
+    app.add_middleware(Access(settings.api_token, origins))
     app.set_error_serializer(write_problem)
     api = Api(database, places)
     overview = Files(*page_files("overview", "uplot"), policy=OVERVIEW_POLICY)
@@ -1591,12 +1623,14 @@ def check_waitress() -> None:
 
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:(.*)$")
 # waitress's own patterns need quadratic time where these do not match: 3 KB took a second, 24 KB minutes
-FIRST_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [^ ]+(?: HTTP/[0-9]\.[0-9])?")
+FIRST_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [!-~]+(?: HTTP/[0-9]\.[0-9])?")
 BLANKS_IN_A_ROW = b" " * 128
 LINE_ENDS = re.compile(rb"(?:\r\n)*+")  # before a request (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"(0*[1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")  # without extensions, and not the last one
 CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]+[ \t]*(;[^\r\n]*)?\r\n")
-TRAILERS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n]*+\r\n)*+\r\n")
+TRAILERS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n\0]*+\r\n)*+\r\n")
+
+TOO_LARGE = f"its body has more than {MAX_BODY_BYTES} bytes; send less at a time"
 
 
 class Refusal(waitress.utilities.Error):  # type: ignore[misc]
@@ -1641,7 +1675,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     def received(self, data: bytes) -> int:
         taken: int = super().received(data)
         if self.error is None and max(self.size, self.body_bytes_received // 4) > MAX_BODY_BYTES:
-            self.refuse(Refusal(falcon.HTTP_413, f"its body has more than {MAX_BODY_BYTES} bytes; send less at a time"))
+            self.refuse(Refusal(falcon.HTTP_413, TOO_LARGE))
         if self.error is not None:
             self.expect_continue = False
         return taken
@@ -1666,6 +1700,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as error:  # a target or a length that Python's own functions do not take
             raise waitress.parser.ParsingError("Bad target or Content-Length") from error
+        if "close" in re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower()):
+            self.headers["CONNECTION"] = "close"  # waitress does not look for it in a list
         if unclear := self._what_is_unclear(header_plus):
             return self.refuse(unclear)
         if self.chunked:
@@ -1709,6 +1745,8 @@ class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
                 self.error = Refusal(falcon.HTTP_400, "a chunk's size is no number, or its line is not ended by CR LF")
                 break
             taken += super().received(piece)
+            if len(self) + self.chunk_remainder > MAX_BODY_BYTES:
+                self.error = Refusal(falcon.HTTP_413, TOO_LARGE)
             if self.completed and self.trailer and not TRAILERS.fullmatch(self.trailer):
                 self.error = Refusal(falcon.HTTP_400, "its trailers are no headers")
             if max(len(self.control_line.rstrip(b"\r")), len(self.trailer)) > CHUNK_LINE_BYTES:
@@ -1773,6 +1811,10 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
 
 class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """Answers a request that never came to the application."""
+
+    @property
+    def has_body(self) -> bool:
+        return bool(getattr(self.request, "command", "") != "HEAD")  # it has none if its head could not be read
 
     def execute(self) -> None:
         error: waitress.utilities.Error = self.request.error
@@ -2410,6 +2452,14 @@ def work(settings: Settings, conninfo: str, listener: socket.socket, signals: li
 # ---- Migrations -----------------------------------------------------------------------------------------------------
 
 SERVER_PID = "SELECT pg_backend_pid()"
+# Ends the limits that a role or a database sets for others, and gives the options with which the next session has none
+# either. Older versions of PostgreSQL lack some of them.
+END_TIME_LIMITS = """
+SELECT '-c ' || name || '=' || set_config(name, '0', FALSE)
+  FROM pg_settings
+ WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout',
+                'idle_session_timeout', 'idle_in_transaction_session_timeout')
+"""
 MIGRATION_LOCK = "SELECT pg_try_advisory_lock(7021961410472345602)"
 END_KILLED_RUN = """
 SELECT count(pg_terminate_backend(pid))
@@ -2428,14 +2478,16 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
     because a session that waits for it would hold a snapshot, for which CREATE INDEX CONCURRENTLY waits in turn.
     A pooler would hand the session that holds the lock to somebody else; it is known by its made-up process id.
     """
-    with psycopg.connect(conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
+    options: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "client_encoding": "UTF8"}
+    with psycopg.connect(conninfo, autocommit=True, **options) as connection:
         if connection.execute(SERVER_PID).fetchall() != [(connection.info.backend_pid,)]:
             raise OSError("a pooler stands between here and PostgreSQL: migrate directly, at PostgreSQL's own address")
+        check_encoding(connection)
+        limits = [option for (option,) in connection.execute(END_TIME_LIMITS)]
         while connection.execute(MIGRATION_LOCK).fetchall() != [(True,)]:
             time.sleep(0.2)
         connection.execute(END_KILLED_RUN)
-        options = {**conninfo_to_dict(conninfo), "application_name": "log-pipeline-migration"}
-        backend = yoyo.get_backend("postgresql+psycopg:///?" + urlencode(options))
+        backend = connect_yoyo(conninfo, limits)
         backend.break_lock()
         with backend.lock():
             steps = yoyo.read_migrations(str(HERE / "migrations"))
@@ -2447,6 +2499,17 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
                 backend.apply_migrations(chosen)
         backend.connection.close()
         return [step.id for step in chosen]
+
+
+def connect_yoyo(conninfo: str, options: Sequence[str]) -> Any:
+    """yoyo's backend; it opens further sessions with the same parameters. Raises psycopg.Error."""
+    given = conninfo_to_dict(conninfo)
+    own = {
+        "application_name": "log-pipeline-migration",
+        "client_encoding": "UTF8",
+        "options": " ".join([str(given.get("options", "")), *options]),
+    }
+    return yoyo.get_backend("postgresql+psycopg:///?" + urlencode(given | own))
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -2466,6 +2529,12 @@ def database_of(settings: Settings) -> Iterator[str]:
         yield conninfo
 
 
+def name_of_database(conninfo: str) -> str:
+    """What libpq takes from its own environment stays unsaid."""
+    where = conninfo_to_dict(conninfo)
+    return f"{where.get('dbname') or 'the default database'} at {where.get('host') or 'the default host'}"
+
+
 def run(settings: Settings, command: str, signals: list[int]) -> None:
     """Carries out one command. Raises OSError and psycopg.Error when it cannot start."""
     check_waitress()
@@ -2476,10 +2545,7 @@ def run(settings: Settings, command: str, signals: list[int]) -> None:
         if command or settings.embedded:
             done = migrate(conninfo, back=command == "rollback")
             verb = "taken back" if command == "rollback" else "applied"
-            where = conninfo_to_dict(conninfo)
-            log.info(
-                "migrations %s in %s at %s: %s", verb, where["dbname"], where.get("host"), ", ".join(done) or "none"
-            )
+            log.info("migrations %s in %s: %s", verb, name_of_database(conninfo), ", ".join(done) or "none")
         if listener is not None:
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
