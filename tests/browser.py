@@ -47,6 +47,10 @@ class Tab:
         for event in ("requestfinished", "requestfailed"):
             self.page.on(event, self.note_end)
 
+    def forget(self) -> None:
+        for noted in (self.complaints, self.requests, self.in_flight, self.most_at_once):
+            noted.clear()
+
     def note_request(self, request: Request) -> None:
         if request.url.startswith(("data:", "blob:")):  # these stay inside the page
             return
