@@ -119,7 +119,12 @@ bench-tools:
 
 .PHONY: update-swagger-ui
 update-swagger-ui: ## Renew the Swagger UI in static/ from npm: the newest 5.x, or VERSION=5.x.y
-	@VERSION=$(VERSION) sh static/update-swagger-ui.sh
+	@sh static/vendor.sh swagger-ui swagger-ui-dist@$(or $(VERSION),5) swagger-ui.css swagger-ui-bundle.js \
+	  swagger-ui-bundle.js.LICENSE.txt favicon-16x16.png favicon-32x32.png LICENSE NOTICE
+
+.PHONY: update-uplot
+update-uplot: ## Renew uPlot, which draws the overview's chart, likewise: the newest 1.x, or VERSION=1.x.y
+	@sh static/vendor.sh uplot uplot@$(or $(VERSION),1) dist/uPlot.iife.min.js dist/uPlot.min.css LICENSE
 
 .PHONY: clean
 clean: ## Remove environments and caches; data under var/ and volumes stay

@@ -1546,6 +1546,7 @@ PARAMETERS: dict[str, Parameter] = {
     "method": (METHOD, "a method such as GET"),
     "status_code": (range(100, 600), "a whole number from 100 to 599"),
     "ip": (check_address, "an IPv4 or IPv6 address"),
+    "format": ("json|ndjson", "json or ndjson"),
 }
 NEEDS_HTTP_1_1 = (
     f"A reply of this size needs HTTP/1.1, also from a proxy; or ask for parts, with limit={PART_ROWS} at most."
@@ -1735,7 +1736,7 @@ class Places:
 
 MINUTE = timedelta(minutes=1)
 STATS_PARAMETERS: dict[str, Parameter] = {
-    **{name: parameter for name, parameter in PARAMETERS.items() if name != "limit"},
+    **{name: parameter for name, parameter in PARAMETERS.items() if name not in ("limit", "format")},
     "buckets": (range(1, MAX_BUCKETS + 1), f"a whole number from 1 to {MAX_BUCKETS}"),
     "top": (range(MAX_TOP + 1), f"a whole number from 0 to {MAX_TOP}"),
 }
@@ -1809,8 +1810,20 @@ def as_buckets(counts: Sequence[tuple[int, int, int]], edges: Sequence[datetime]
 HEALTH, METRICS = "/api/health", "/metrics"
 EXPOSED = ["Link", "Newest", "Kept-From"]  # what a page of another origin may see beside the usual headers
 # Every other route asks for the token. The route that was found decides, never the text of the path.
-PUBLIC = (HEALTH, "/readyz", "/docs", "/docs/assets/{file}", "/docs/openapi.json")
+PUBLIC = ("/", "/overview/{file}", HEALTH, "/readyz", "/docs", "/docs/assets/{file}", "/docs/openapi.json")
 ROUTES = ("/api/data", "/api/stats", METRICS, *PUBLIC)  # that metrics tell apart
+FILE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # a page and scripts of two versions do not fit together
+}
+# The overview shows what strangers sent: it loads this server's files only, runs nothing inline, never parses text as
+# HTML (Trusted Types), and stands in no frame.
+OVERVIEW_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
 
 
 class Api:
@@ -1837,7 +1850,8 @@ class Api:
 
     def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
         asked = parse_window(request.params)
-        as_lines = request.client_prefers((JSON, NDJSON)) == NDJSON
+        wanted = asked["format"] or request.client_prefers((JSON, NDJSON))  # a link cannot send Accept
+        as_lines = wanted in ("ndjson", NDJSON)
         before, between, after = (b"", b"\n", b"\n") if as_lines else (b"[", b",\n", b"]\n")
         response.content_type = NDJSON if as_lines else JSON
         window = Window(self._database.read, asked, between)
@@ -1884,14 +1898,16 @@ class Api:
 class Files:
     """Files of ours, read at start; the first one also without its name."""
 
-    def __init__(self, *files: Path) -> None:
+    def __init__(self, *files: Path, policy: str = "") -> None:
         self._files = {file.name: file.read_bytes() for file in files}
+        self._headers = FILE_HEADERS | ({"Content-Security-Policy": policy} if policy else {})
 
     def on_get(self, request: falcon.Request, response: falcon.Response, file: str = "") -> None:
         name = file or next(iter(self._files))
         if name not in self._files:
             raise falcon.HTTPNotFound
         response.content_type = mimetypes.guess_type(name)[0] or "text/plain"
+        response.set_headers(self._headers)
         response.data = self._files[name]
 
     on_head = on_get
@@ -1960,6 +1976,12 @@ def is_own_origin(origin: str, host: str) -> bool:
     return page[2] == ours[2] or (page[2] in usual and ours[2] in usual)
 
 
+def page_files(*folders: str) -> list[Path]:
+    """The files of a page, index.html first."""
+    files = [file for folder in folders for file in (HERE / "static" / folder).iterdir()]
+    return sorted(files, key=lambda file: file.name != "index.html")
+
+
 def read_origins(setting: str) -> list[str]:
     """Those of BACKEND_CORS_ORIGINS, as browsers write them: in lower case, without the scheme's own port."""
     origins = re.split(r"\s*,\s*", setting.lower()) if setting else []
@@ -1976,14 +1998,17 @@ def create_app(database: Database, places: Places, settings: Settings, metrics: 
     app.set_error_serializer(write_problem)
     app.add_error_handler(Exception, note_failure)
     api = Api(database, places)
-    page = Files(*sorted((HERE / "static/swagger-ui").iterdir(), key=lambda file: file.name != "index.html"))
+    overview = Files(*page_files("overview", "uplot"), policy=OVERVIEW_POLICY)
+    docs = Files(*page_files("swagger-ui"))
     app.add_route("/api/data", api)
     app.add_route("/api/stats", api, suffix="stats")
     app.add_route(HEALTH, api, suffix="health")
     app.add_route("/readyz", api, suffix="ready")
     app.add_route(METRICS, MetricsPage(metrics, Watch(database)))
-    app.add_route("/docs", page)
-    app.add_route("/docs/assets/{file}", page)
+    app.add_route("/", overview)
+    app.add_route("/overview/{file}", overview)
+    app.add_route("/docs", docs)
+    app.add_route("/docs/assets/{file}", docs)
     app.add_route("/docs/openapi.json", Files(HERE / "openapi.json"))
     return app
 
