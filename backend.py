@@ -2052,7 +2052,7 @@ def check_waitress() -> None:
     leaned_on = [(owner, name) for owner, names in WAITRESS_NAMES.items() for name in names]
     missing = [f"{owner.__name__}.{name}" for owner, name in leaned_on if not hasattr(owner, name)]
     if missing:
-        raise OSError(f"waitress has changed; it lacks {', '.join(missing)}: install the version of constraints.txt")
+        raise OSError(f"waitress has changed; it lacks {', '.join(missing)}: install the version in locks/")
 
 
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:(.*)$")
