@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -189,7 +189,7 @@ def test_an_exporter_is_not_told_that_its_last_record_is_lost_while_the_standby_
         assert [record["id"] for record in read_records(shared)] == [first]
     wait_until(lambda: item["id"] in shared.read_text(), SECONDS, "the second record")
     assert [record["id"] for record in read_records(shared)] == [first, item["id"]]
-    assert "lacks" not in exporter.printed
+    assert "the database has" not in exporter.printed
 
 
 def test_many_readers_share_a_barrier_and_no_one_waits_for_one_that_hangs(
@@ -363,3 +363,178 @@ def test_another_cluster_may_have_a_lower_timeline(database: service.Database) -
     database.hosts.meet(promoted(server)._replace(system=server.system + 1), "elsewhere")
     *_, answered = database.storing.query(service.STORE_LOGS, LINE)
     assert answered == server == database.hosts.latest
+
+
+# ---- Promotion ------------------------------------------------------------------------------------------------------
+
+
+def both_hosts(pair: Pair, url: str) -> str:
+    """The old primary stands first."""
+    name = url.split("/")[3].split("?")[0]
+    return f"postgresql://postgres@/{name}?host={pair[0].socket_folder},{pair[1].socket_folder}"
+
+
+def promote(standby: Postgres) -> None:
+    assert execute(standby.url("postgres"), "SELECT pg_promote()") == [(True,)]
+
+
+class Load:
+    """Eight threads that store a line after the other, each until it is acknowledged, and one that follows `next`."""
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        self.acknowledged: list[str] = []
+        self.seen: list[str] = []
+        self._backends = backends
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(9)
+        self._running = [self._pool.submit(self._write, n) for n in range(8)]
+        self._reading = self._pool.submit(self._read)
+
+    def _write(self, n: int) -> None:
+        while not self._stop.is_set():
+            item = new_item()
+            while (answer := post(self._backends[n % len(self._backends)], item)).status_code not in (200, 201):
+                assert answer.status_code == 503, answer.text
+                self._stop.wait(0.05)
+            self.acknowledged.append(item["id"])
+
+    def _read(self) -> None:
+        address, quiet = self._backends[0].data_url, False
+        while not quiet:
+            stopping = all(one.done() for one in self._running)
+            answer = requests.get(address, timeout=SECONDS)
+            if answer.ok:
+                self.seen += [record["id"] for record in answer.json()]
+                address = urljoin(answer.url, answer.links["next"]["url"])
+                quiet = stopping and not answer.json()
+            else:
+                assert answer.status_code == 503, answer.text
+                self._stop.wait(0.05)
+
+    def wait_for(self, more: int) -> float:
+        """Until so many more are acknowledged; the seconds that this took."""
+        began, enough = time.monotonic(), len(self.acknowledged) + more
+        wait_until(lambda: len(self.acknowledged) >= enough, SECONDS, f"{more} acknowledged lines")
+        return time.monotonic() - began
+
+    def finish(self) -> None:
+        self._stop.set()
+        for one in (*self._running, self._reading):
+            one.result(SECONDS)
+        self._pool.shutdown()
+
+
+@pytest.fixture
+def promotable() -> Iterator[Pair]:
+    with synchronous_pair() as both:
+        yield both
+
+
+def assert_equal(load: Load, primary: Postgres, url: str) -> None:
+    """Each acknowledged line is in the database, and was seen once."""
+    stored = [str(name) for (name,) in execute(primary.url(url.split("/")[3].split("?")[0]), "SELECT id FROM logs")]
+    assert sorted(stored) == sorted(load.acknowledged)
+    assert sorted(load.seen) == sorted(load.acknowledged)
+
+
+def assert_is_primary(backend: Backend, primary: Postgres) -> None:
+    answer = ready(backend)
+    assert (answer.status_code, answer.json()) == (200, {"ready": True, "host": primary.socket_folder, "timeline": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old_primary", ["stays up", "stands still", "is killed and comes back"])
+def test_no_acknowledged_line_is_lost_when_a_standby_is_promoted(
+    start_backend: StartBackend, promotable: Pair, old_primary: str
+) -> None:
+    primary, standby = promotable
+    url = both_hosts(promotable, primary.create_logs())
+    backends = [start_backend(DATABASE_URL=url, WORKERS=2), start_backend(DATABASE_URL=url)]
+    load = Load(backends)
+    load.wait_for(200)
+    if old_primary == "stands still":
+        primary.pause()
+    if old_primary == "is killed and comes back":
+        primary.kill()
+    promote(standby)
+    seconds = load.wait_for(1)
+    load.wait_for(200)
+    if old_primary == "stands still":
+        primary.resume()
+    if old_primary == "is killed and comes back":
+        primary.start()
+    for _ in range(3):  # each session has to find its server again
+        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'log-pipeline'"
+        execute(standby.url("postgres"), end)
+        load.wait_for(100)
+    load.finish()
+    for backend in backends:
+        backend.wait_for_line(f"the database is {standby.socket_folder} now, on timeline 2; it was .*, on timeline 1")
+        assert_is_primary(backend, standby)
+    assert_equal(load, standby, url)
+    print(f"{old_primary}: acknowledged again {seconds:.1f} s after the promotion")
+    assert seconds < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old_primary", ["stays up", "stands still"])
+def test_a_backend_that_starts_beside_an_old_primary_finds_the_new_one_at_once(
+    start_backend: StartBackend, promotable: Pair, old_primary: str
+) -> None:
+    primary, standby = promotable
+    url = both_hosts(promotable, primary.create_logs())
+    before = store(start_backend(DATABASE_URL=url))
+    if old_primary == "stands still":
+        primary.pause()
+    promote(standby)
+    backend = start_backend(DATABASE_URL=url)
+    began = time.monotonic()
+    after = store(backend)
+    assert time.monotonic() - began < service.LOOK_SECONDS + 2
+    assert ids(backend) == [before, after]
+    assert_is_primary(backend, standby)
+
+
+@pytest.mark.slow
+def test_a_process_leaves_an_old_primary_that_works_on(start_backend: StartBackend, promotable: Pair) -> None:
+    """Nobody waits for a standby here, and nobody stores a line either, so nothing fails."""
+    primary, standby = promotable
+    execute(primary.url("postgres"), "ALTER SYSTEM SET synchronous_standby_names = ''")
+    execute(primary.url("postgres"), "SELECT pg_reload_conf()")
+    direct = primary.create_logs()
+    backend = start_backend(DATABASE_URL=both_hosts(promotable, direct))
+    first = store(backend)
+    follows = "SELECT count(*) FROM logs WHERE id = %s"
+    there = standby.url(direct.split("/")[3].split("?")[0])
+    wait_until(lambda: execute(there, follows, first) == [(1,)], SECONDS, "the record on the standby")
+    promote(standby)
+    backend.wait_for_line("the database is .* now, on timeline 2", service.LOOK_PAUSE_SECONDS + 20)
+    second = store(backend)
+    assert ids(backend) == [first, second]
+    assert execute(direct, "SELECT count(*) FROM logs") == [(1,)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end_of_wait", [cancel, terminate, wait_for_the_limit, restart, crash])
+def test_a_record_that_a_promotion_takes_back_was_seen_by_nobody(
+    start_backend: StartBackend, tmp_path: Path, promotable: Pair, end_of_wait: Callable[[Postgres], None]
+) -> None:
+    primary, standby = promotable
+    direct = primary.create_logs()
+    script = backend_with(tmp_path, STATEMENT_SECONDS=1.0, BARRIER_SECONDS=0.5)
+    backend = start_backend(script=script, DATABASE_URL=both_hosts(promotable, direct))
+    first, item = store(backend), new_item()
+    seen, address = follow(backend.data_url)
+    standby.stop("immediate")
+    with ThreadPoolExecutor(1) as pool:
+        posting = pool.submit(post, backend, item)
+        end_of_wait(primary)
+        assert posting.result(SECONDS).status_code == 503
+    assert execute(direct, STORED, item["id"]) == [(1,)]
+    assert requests.get(address, timeout=SECONDS).status_code == 503
+    primary.kill()
+    standby.start()
+    promote(standby)
+    assert wait_until(lambda: post(backend, item), SECONDS, "the new primary").status_code == 201
+    seen += follow(address)[0]
+    assert seen == ids(backend) == [first, item["id"]]
