@@ -442,20 +442,19 @@ SELECT CASE WHEN current_setting('transaction_isolation') <> 'read committed'
        system_identifier,
        CASE WHEN NOT pg_is_in_recovery()
             THEN ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::integer END,
-       pg_postmaster_start_time(),
        current_setting('synchronous_standby_names') <> ''
   FROM pg_control_system()
 """
 
 # server_v1 is part of every statement that a promise depends on: it says which server answers, and fails if that one
-# is behind what this process has met (see Hosts). Session makes a Primary of its four columns.
+# is behind what this process has met (see Hosts). Session makes a Primary of its three columns.
 
 # A column is one text with a value per line: for the driver that is a tenth of the work of an array of a thousand.
 COLUMNS = ("ids", *(f"{field.column}s" for field in FIELDS))
 TYPES = ("uuid", *(field.type for field in FIELDS))
 STORE_LOGS = """
-SELECT first_created, known, known_created, conflicting, ahead_seconds, system, timeline, since, synchronous
-  FROM server_v1(%(system)s::bigint, %(timeline)s::integer, %(since)s::timestamptz),
+SELECT first_created, known, known_created, conflicting, ahead_seconds, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
        store_logs_v2(
            {}
        )
@@ -474,25 +473,25 @@ SCHEMA_READY = """
 SELECT to_regprocedure('store_logs_v2(uuid[],inet[],text[],text[],smallint[])') IS NOT NULL
        AND to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL
        AND to_regprocedure('window_end_v2(timestamptz,timestamptz)') IS NOT NULL
-       AND to_regprocedure('server_v1(bigint,integer,timestamptz)') IS NOT NULL
+       AND to_regprocedure('server_v1(bigint,integer)') IS NOT NULL
 """
 SECONDS_AHEAD = """
-SELECT seconds_ahead_v1(), system, timeline, since, synchronous
-  FROM server_v1(%(system)s::bigint, %(timeline)s::integer, %(since)s::timestamptz)
+SELECT seconds_ahead_v1(), system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer)
 """
 
 # Everything below the newest record is final: see migrations/0004.create-store-logs-v2.sql.
 WINDOW_END = """
-SELECT window_end, newest, kept_from, system, timeline, since, synchronous
-  FROM server_v1(%(system)s::bigint, %(timeline)s::integer, %(since)s::timestamptz),
+SELECT window_end, newest, kept_from, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
        window_end_v2(%(date_from)s::timestamptz, %(date_to)s::timestamptz)
 """
 
 # Both look at a bounded number of rows, and say where to go on; at date_to the window is over. `kept_from` is that of
 # the snapshot in which the rows were read: see migrations/0010.create-retention.sql.
 COUNT_PART = """
-SELECT count, next_from, kept_from_v1(), system, timeline, since, synchronous
-  FROM server_v1(%(system)s::bigint, %(timeline)s::integer, %(since)s::timestamptz),
+SELECT count, next_from, kept_from_v1(), system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
        count_part_v1(
            %(date_from)s::timestamptz, %(date_to)s::timestamptz,
            %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
@@ -501,8 +500,8 @@ SELECT count, next_from, kept_from_v1(), system, timeline, since, synchronous
 """
 # PostgreSQL writes the JSON, Python passes it on.
 READ_PART = """
-SELECT count, next_from, kept_from_v1(), bytes, part, system, timeline, since, synchronous
-  FROM server_v1(%(system)s::bigint, %(timeline)s::integer, %(since)s::timestamptz),
+SELECT count, next_from, kept_from_v1(), bytes, part, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
        read_part_v1(
            %(date_from)s::timestamptz, %(date_to)s::timestamptz,
            %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
@@ -512,8 +511,8 @@ SELECT count, next_from, kept_from_v1(), bytes, part, system, timeline, since, s
 
 # The barrier of Replication
 CONFIRM = """
-SELECT newest, system, timeline, since, synchronous
-  FROM server_v1(%(system)s::bigint, %(timeline)s::integer, %(since)s::timestamptz),
+SELECT newest, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
        confirm_v1()
 """
 
@@ -572,7 +571,6 @@ class Primary(NamedTuple):
 
     system: int  # the cluster's identifier: standbys, and what becomes of them, have the same
     timeline: int  # every promotion begins a higher one
-    since: datetime  # its start
     synchronous: bool  # commits wait for a standby
 
     @property
@@ -648,8 +646,8 @@ def set_up(connection: psycopg.Connection[Any]) -> Primary | None:
     """Who answers there; None: a server in recovery. Raises psycopg.Error."""
     row = connection.execute(SETUP_SESSION, binary=True).fetchone()
     assert row is not None
-    _, system, timeline, since, synchronous = row
-    return None if timeline is None else Primary(system, timeline, since, synchronous)
+    _, system, timeline, synchronous = row
+    return None if timeline is None else Primary(system, timeline, synchronous)
 
 
 class Hosts:
@@ -679,7 +677,7 @@ class Hosts:
         self._doubt_until = 0.0
         self.latest: Primary | None = None  # the one with the highest timeline that was met
         self.address = ""  # where
-        self.known: Mapping[str, Any] = dict.fromkeys(("system", "timeline", "since"))  # the same, for server_v1
+        self.known: Mapping[str, Any] = dict.fromkeys(("system", "timeline"))  # the same, for server_v1
 
     def connect(self) -> Connection:
         """To the primary. Raises psycopg.Error."""
@@ -780,7 +778,7 @@ class Hosts:
                 *(address, server.timeline, self.address, before.timeline),
             )
         self.latest, self.address = server, address
-        self.known = {"system": server.system, "timeline": server.timeline, "since": server.since}
+        self.known = {"system": server.system, "timeline": server.timeline}
 
 
 def address_of(options: Mapping[str, Any]) -> str:

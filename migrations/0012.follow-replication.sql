@@ -105,26 +105,19 @@ $confirm_v1$;
 
 -- Which server this is; fails if it has a lower timeline than one of the same cluster that the caller has met: another
 -- server was promoted, and has taken over. The transaction is rolled back, so in one statement with store_logs_v2
--- nothing is stored.
--- The identifier of the cluster is read from a file, hence only where the server has been started since, or is another
--- one. `synchronous`: a commit waits for a standby.
+-- nothing is stored. `synchronous`: a commit waits for a standby.
 --
 -- SQLSTATE: LP003 another server has taken over.
 CREATE OR REPLACE FUNCTION server_v1(
-    known_system bigint, known_timeline integer, known_since timestamptz,
-    OUT system bigint, OUT timeline integer, OUT since timestamptz, OUT synchronous boolean
+    known_system bigint, known_timeline integer,
+    OUT system bigint, OUT timeline integer, OUT synchronous boolean
 )
 LANGUAGE plpgsql VOLATILE AS $server_v1$
 BEGIN
     PERFORM refuse_recovery();
     timeline := ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::integer;
-    since := pg_postmaster_start_time();
     synchronous := current_setting('synchronous_standby_names') <> '';
-    IF since = known_since THEN
-        system := known_system;
-    ELSE
-        system := (SELECT system_identifier FROM pg_control_system());
-    END IF;
+    system := (SELECT system_identifier FROM pg_control_system());  -- 6 us: a small file is read
     IF system = known_system AND timeline < known_timeline THEN
         RAISE EXCEPTION 'this server is on timeline %, and timeline % was met before: it is an old primary from which '
             'another server has taken over, shut it off (if it was restored to an earlier time on purpose, restart the '
