@@ -38,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from queue import LifoQueue
 from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
@@ -67,6 +68,8 @@ MAX_BATCH_LINES = 10_000  # one statement of this size holds the stamping lock f
 MAX_JSON_VALUES = 8 * MAX_BATCH_LINES  # a line with an id has 4; a list of nothing takes 20 times its text in memory
 MAX_URI_BYTES = 8192
 MAX_LIMIT = 1_000_000
+MAX_BUCKETS = 1_000
+MAX_TOP = 100
 MAX_HEAD_BYTES = 32 * 1024  # with all headers
 CHUNK_LINE_BYTES = 8192  # a chunk's size with its extensions; all trailers
 
@@ -97,6 +100,7 @@ SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary f
 QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
 PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 PART_BYTES = 1024**2  # its text may have no more: where records are longer, a part has fewer of them
+STATS_ROWS = 1_000_000  # that are counted by address and by URI: the newest of a window, a second's work
 FIRST_PART_SECONDS = 1.0  # where matches are rare, a reply begins before its first part is full
 RECEIVE_BYTES = 128 * 1024  # taken from a connection at a time, of a body
 FIRST_RECEIVE_BYTES = 16 * 1024  # the same of anything else
@@ -127,6 +131,11 @@ DAY_SECONDS = 86_400.0
 EXPIRY_PAUSE_SECONDS = 60.0  # between two looks for what has expired, which goes so much late at most
 EXPIRY_STEP_ROWS = 1_000  # deleted in one transaction: some ms, for which a line sent again under such an id waits
 EXPIRY_REST = 4  # after each step, times what it took: some 50,000 records/s go, and storing keeps its pace
+
+# Counting by minute
+COUNTING_PAUSE_SECONDS = 10.0  # what came since is counted by each GET of /api/stats that is about it
+COUNTING_STEP_ROWS = 50_000  # counted in one transaction: some 50 ms, for which a step of retention waits
+COUNTING_REST = 2  # after each step, times what it took: ten million records take a minute
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
@@ -167,7 +176,9 @@ def each_host(conninfo: str) -> list[dict[str, Any]]:
 
 
 Text = Annotated[str, r"[^\0]+", "any text"]
-Origins = Annotated[str, r"\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*", "* or http(s)://host[:port], by commas"]
+Origins = Annotated[
+    str, r"(?i:\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*)", "* or http(s)://host[:port], by commas"
+]
 Secret = Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"]
 ConnectionUrl = Annotated[
     str, check_connection_url, "like postgresql://user:password@host:5432/name (its value is not shown)"
@@ -316,7 +327,7 @@ MICROSECOND = timedelta(microseconds=1)
 # (day)(hours, minutes, seconds, fraction)(offset). A + that was not escaped arrives as a space.
 ISO_DATE = (
     r"([1-9][0-9]{3}-[0-9]{2}-[0-9]{2})"
-    r"(?:[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,12})?)?)([Zz]|[+ \-][0-9]{2}:?[0-5][0-9])?)?"
+    r"(?:[Tt ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,12})?)?)([Zz]|[+ \-][0-9]{2}(?::?[0-5][0-9])?)?)?"
 )
 # (seconds)(fraction): ten digits last to the year 2286; milliseconds have thirteen and are told apart
 UNIX_SECONDS = r"(-?[0-9]{1,10})(?:\.([0-9]{1,12}))?"
@@ -473,6 +484,7 @@ SCHEMA_READY = """
 SELECT to_regprocedure('store_logs_v2(uuid[],inet[],text[],text[],smallint[])') IS NOT NULL
        AND to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL
        AND to_regprocedure('window_end_v2(timestamptz,timestamptz)') IS NOT NULL
+       AND to_regprocedure('count_minutes_v1(integer)') IS NOT NULL
        AND to_regprocedure('server_v1(bigint,integer)') IS NOT NULL
 """
 SECONDS_AHEAD = """
@@ -516,11 +528,41 @@ SELECT newest, system, timeline, synchronous
        confirm_v1()
 """
 
+STATS_WINDOW = """
+SELECT window_end, oldest, newest, kept_from, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
+       stats_window_v1(%(date_from)s::timestamptz, %(date_to)s::timestamptz)
+"""
+# As of one snapshot, `kept_from` included: see migrations/0011.create-stats.sql.
+STATS = """
+SELECT kept_from_v1(),
+       stats_counts_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           %(edges)s::timestamptz[], %(rows)s::integer
+       ),
+       stats_top_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           'ip', %(top)s::integer, %(rows)s::integer
+       ),
+       stats_top_v1(
+           %(date_from)s::timestamptz, %(date_to)s::timestamptz,
+           %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+           'uri', %(top)s::integer, %(rows)s::integer
+       ),
+       system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer)
+"""
+COUNT_MINUTES = "SELECT counted FROM count_minutes_v1(%(rows)s)"
+
 DELETE_EXPIRED = "SELECT deleted FROM delete_expired_v1(make_interval(secs => %(seconds)s), %(rows)s)"
 
 NO_ANSWER = "The database does not answer; nothing was confirmed. Send the same request again."
 NO_TABLES = "The database has no tables yet, or old ones: run `make migrate`."
-TOO_SLOW = f"The database needed more than {STATEMENT_SECONDS:.0f} s for this and was stopped; nothing was confirmed."
+TOO_SLOW = (
+    f"The database was stopped at this, after {STATEMENT_SECONDS:.0f} s or by its own limit; nothing was confirmed."
+)
 TOO_SLOW_RETRY_SECONDS = 10
 
 
@@ -685,6 +727,7 @@ class Hosts:
         connection = open_connection(Connection, options)
         connection.hosts, connection.address = self, address_of(options)
         try:
+            check_encoding(connection)
             connection.server = set_up(connection)
             if connection.server is not None:  # else each statement says that it is in recovery
                 self.meet(connection.server, connection.address)
@@ -787,6 +830,15 @@ def address_of(options: Mapping[str, Any]) -> str:
     return host if host.startswith("/") or not options.get("port") else f"{host}:{options['port']}"
 
 
+def check_encoding(connection: psycopg.Connection[Any]) -> None:
+    """Raises OperationalError if the database cannot store every character: good lines would be refused for good."""
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding not in ("UTF8", "SQL_ASCII", None):
+        raise psycopg.OperationalError(
+            f"the database's encoding {encoding} lacks characters that lines may have: create it with ENCODING 'UTF8'"
+        )
+
+
 class Session:
     """A session of PostgreSQL that survives the loss of its connection, as each statement is a transaction of its own.
 
@@ -797,6 +849,7 @@ class Session:
         self._hosts, self._outage = hosts, outage
         self._connection: Connection | None = None
         self._warnings: list[str] = []  # that came with the last statement
+        self._ids_run_out = False  # this warning was passed on
         self.repeated = False  # the last statement was sent more than once
         self.begun = 0.0  # when it was sent first, by the monotonic clock
 
@@ -862,9 +915,16 @@ class Session:
             self._connection = None
 
     def _hear(self, notice: psycopg.errors.Diagnostic) -> None:
-        """Any warning with a commit means that it is less than it should be; the texts are translated."""
-        if notice.severity_nonlocalized == "WARNING":
-            self._warnings.append(str(notice.message_primary))
+        """Any warning with a commit means that it is less than it should be (the texts are translated), but for one:
+        that transaction ids are running out comes with each statement that needs one, and hurts none."""
+        if notice.severity_nonlocalized != "WARNING":
+            return
+        message = str(notice.message_primary)
+        if notice.source_function != "GetNewTransactionId":
+            self._warnings.append(message)
+        elif not self._ids_run_out:
+            self._ids_run_out = True
+            log.warning("PostgreSQL warns: %s", message)
 
 
 class Database:
@@ -1223,53 +1283,56 @@ def describe_lead(seconds: float) -> str:
     return f"{seconds:,.0f} s ahead of the database's clock: it was set back, or was wrong when records were stored"
 
 
-# ---- Retention ------------------------------------------------------------------------------------------------------
+# ---- In the background: retention and counting ----------------------------------------------------------------------
+
+# One thread for each, that does what is due in small steps with a rest after each: so much of the time of one session
+# goes into it, however much there is to do. Each step is one statement and one transaction: wherever this process is
+# killed, what is done and how far it got agree. Of all processes one is at it at a time (delete_expired_v1,
+# count_minutes_v1); who finds another one at it leaves it the round.
 
 
-class Retention:
-    """One thread that deletes what has expired, in small steps with a longer rest after each: a fifth of the time of
-    one session goes into it, however much there is to delete.
-
-    Each step is one statement and one transaction: wherever this process is killed, what is deleted and `kept_from`
-    agree. Of all processes one deletes at a time (delete_expired_v1); who finds another one at it leaves it the round.
-    """
-
-    def __init__(self, session: Session, days: int) -> None:
-        self._session, self._days = session, days
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="retention", daemon=True).start()
-
-    def _run(self) -> None:
+def start_chore(name: str, do_what_is_due: Callable[[], None], pause_seconds: float) -> None:
+    def run() -> None:
         while True:
             try:
-                self.delete_expired()
+                do_what_is_due()
             except Unavailable as error:
-                log.debug("retention: %s", error.description)  # the session has told the outage
+                log.debug("%s: %s", name, error.description)  # the session has told the outage
             except Exception:
-                log.exception("deleting expired records failed; trying again in %.0f s", EXPIRY_PAUSE_SECONDS)
-            time.sleep(EXPIRY_PAUSE_SECONDS)
+                log.exception("%s failed; trying again in %.0f s", name, pause_seconds)
+            time.sleep(pause_seconds)
 
-    def delete_expired(self) -> None:
-        """All that has expired, or until another process is found at it. Raises Unavailable."""
-        total, began = 0, time.monotonic()
-        try:
-            while deleted := self._step():
-                if not total:
-                    log.info("retention: deleting records older than RETENTION_DAYS=%d", self._days)
-                total += deleted
-        finally:
-            if total:
-                log.info("retention: deleted %d records in %.1f s", total, time.monotonic() - began)
+    threading.Thread(target=run, name=name, daemon=True).start()
 
-    def _step(self) -> int | None:
-        """How many records were deleted; None: another process is at it."""
-        began = time.monotonic()
-        parameters = {"seconds": self._days * DAY_SECONDS, "rows": EXPIRY_STEP_ROWS}
-        [deleted] = self._session.query(DELETE_EXPIRED, parameters)
-        if deleted:
-            time.sleep(EXPIRY_REST * (time.monotonic() - began))
-        return deleted  # type: ignore[no-any-return]
+
+def take_step(session: Session, statement: str, parameters: Mapping[str, Any], rest: int) -> int | None:
+    """How many records were in it; None: another process is at it. `rest` is how many times as long as the step."""
+    began = time.monotonic()
+    [count] = session.query(statement, parameters)
+    if count:
+        time.sleep(rest * (time.monotonic() - began))
+    return count  # type: ignore[no-any-return]
+
+
+def delete_expired(session: Session, days: int) -> None:
+    """All that has expired, or until another process is found at it. Raises Unavailable."""
+    total, began = 0, time.monotonic()
+    parameters = {"seconds": days * DAY_SECONDS, "rows": EXPIRY_STEP_ROWS}
+    try:
+        while deleted := take_step(session, DELETE_EXPIRED, parameters, EXPIRY_REST):
+            if not total:
+                log.info("retention: deleting records older than RETENTION_DAYS=%d", days)
+            total += deleted
+    finally:
+        if total:
+            log.info("retention: deleted %d records in %.1f s", total, time.monotonic() - began)
+
+
+def count_minutes(session: Session) -> None:
+    """All records that are not in the table of minutes yet, or until another process is found at it. Raises
+    Unavailable."""
+    while take_step(session, COUNT_MINUTES, {"rows": COUNTING_STEP_ROWS}, COUNTING_REST):
+        pass
 
 
 # ---- Storing: POST --------------------------------------------------------------------------------------------------
@@ -1327,9 +1390,11 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-# A string (possessive: with nothing to go back to), or a mark that has a value behind it
-JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[,\[{]', re.DOTALL)
+# No number has a meaning here; int would refuse one of thousands of digits
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_int=float)
+# A string (possessive: with nothing to go back to), or a mark that has a value behind it. A string without an end is a
+# string too: else each quote in it would be tried as the start of another one, which takes quadratic time.
+JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
 
 
 def read_json(text: str) -> Any:
@@ -1442,7 +1507,8 @@ A_DATE = (
     "a date such as 2026-11-23 or 2026-11-23T18:43:46.610595Z (ISO 8601), or Unix seconds"
     " (20261123 could be either: write 2026-11-23, or 20261123.0)"
 )
-PARAMETERS: dict[str, tuple[range | str | Callable[[str], Any], str]] = {
+Parameter = tuple[range | str | Callable[[str], Any], str]
+PARAMETERS: dict[str, Parameter] = {
     "date_from": (parse_date, A_DATE),
     "date_to": (parse_date, A_DATE),
     "limit": (range(1, MAX_LIMIT + 1), f"a whole number from 1 to {MAX_LIMIT}"),
@@ -1456,13 +1522,13 @@ NEEDS_HTTP_1_1 = (
 NO_PLACE = f"All places for large exports are taken; ask again, or for limit={PART_ROWS} at most."
 
 
-def parse_window(query: Mapping[str, Any]) -> dict[str, Any]:
+def parse_window(query: Mapping[str, Any], parameters: Mapping[str, Parameter] = PARAMETERS) -> dict[str, Any]:
     """The parameters of a GET; None for what is not given, but date_from. Raises 400 with the name of what is wrong."""
-    window: dict[str, Any] = dict.fromkeys(PARAMETERS) | {"date_from": EPOCH}
+    window: dict[str, Any] = dict.fromkeys(parameters) | {"date_from": EPOCH}
     for name, text in query.items():
-        if name not in PARAMETERS or not isinstance(text, str):
-            raise BadRequest(f"Unknown or repeated parameter {name[:80]!r}; those known are {', '.join(PARAMETERS)}.")
-        rule, wanted = PARAMETERS[name]
+        if name not in parameters or not isinstance(text, str):
+            raise BadRequest(f"Unknown or repeated parameter {name[:80]!r}; those known are {', '.join(parameters)}.")
+        rule, wanted = parameters[name]
         try:
             window[name] = read_value(rule, text)
         except ValueError:
@@ -1474,6 +1540,14 @@ def parse_window(query: Mapping[str, Any]) -> dict[str, Any]:
 
 FAILED_OVER = "Another server has taken over while this window was read; ask again."
 OVERTAKEN = "Records of this window have expired and were deleted while it was read; ask again."
+
+
+def of_history(server: Primary | None, row: Sequence[Any]) -> Sequence[Any]:
+    """A row without its Primary. Raises Unavailable if that is of another history than the given one."""
+    *values, answered = row
+    if server is None or server.history != answered.history:
+        raise Unavailable(FAILED_OVER)
+    return values
 
 
 class Part(NamedTuple):
@@ -1492,7 +1566,7 @@ class Window:
     where the one before ended; none holds a snapshot for longer, and a lost connection is replaced. A statement looks
     at a bounded number of rows, and so may find few records, or none, before the end.
 
-    All statements are answered from one history (`_of_this_history`): after a failover with a loss two parts could be
+    All statements are answered from one history (`of_history`): after a failover with a loss two parts could be
     of different ones, and the later one lack what the earlier one was followed by.
 
     Why no record that was deleted is passed over in silence: deleting goes upwards from the oldest, and `kept_from`
@@ -1539,7 +1613,7 @@ class Window:
         left, start = self._asked["limit"], self._start
         while left and start < end:
             rest = {**self._parameters, "date_from": start, "date_to": end, "rows": left}
-            count, next_from, kept_from = self._of_this_history(self._read(COUNT_PART, rest))
+            count, next_from, kept_from = of_history(self._server, self._read(COUNT_PART, rest))
             self._check_kept(start, kept_from)
             left, start = left - count, next_from
             if not left:
@@ -1549,19 +1623,12 @@ class Window:
     def _read_part(self) -> tuple[int, bytes]:
         """The next records. Where they are long, a part has fewer: the server would have to find that out each time."""
         part = self._read(READ_PART, {**self._parameters, "rows": self._rows})
-        count, start, kept_from, size, text = self._of_this_history(part)
+        count, start, kept_from, size, text = of_history(self._server, part)
         self._check_kept(self._parameters["date_from"], kept_from)
         self._parameters["date_from"] = start
         if count:
             self._rows = max(1, min(PART_ROWS, count * PART_BYTES // size))
         return count, text or b""
-
-    def _of_this_history(self, row: Sequence[Any]) -> Sequence[Any]:
-        """A row without its Primary. Raises Unavailable if it is from another history than the end of the window."""
-        assert self._server is not None
-        if row[-1].history != self._server.history:
-            raise Unavailable(FAILED_OVER)
-        return row[:-1]
 
     def _check_kept(self, start: datetime, kept_from: datetime | None) -> None:
         """Raises Gone or Unavailable if what was read from `start` on may lack records that were deleted."""
@@ -1646,6 +1713,86 @@ class Places:
             return min(slow, key=lambda reader: reader.pace or 0, default=None)
 
 
+# ---- Counting: GET /api/stats ---------------------------------------------------------------------------------------
+
+MINUTE = timedelta(minutes=1)
+STATS_PARAMETERS: dict[str, Parameter] = {
+    **{name: parameter for name, parameter in PARAMETERS.items() if name != "limit"},
+    "buckets": (range(1, MAX_BUCKETS + 1), f"a whole number from 1 to {MAX_BUCKETS}"),
+    "top": (range(MAX_TOP + 1), f"a whole number from 0 to {MAX_TOP}"),
+}
+STATS_DEFAULTS = {"buckets": 60, "top": 10}
+
+
+def parse_stats(query: Mapping[str, Any]) -> dict[str, Any]:
+    """As parse_window."""
+    asked = parse_window(query, STATS_PARAMETERS)
+    return asked | {name: default for name, default in STATS_DEFAULTS.items() if asked[name] is None}
+
+
+def read_stats(read: Callable[..., Any], replication: Replication, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a window. Raises Unavailable, Gone.
+
+    What is counted ends where /api/data's window ends, below which nothing will ever be added; so the two statements
+    speak of the same records, unless some are deleted in between. If that are records which were asked for by their
+    date, it is told, as Window does.
+    """
+    window_end, oldest, newest, kept_from, server = read(STATS_WINDOW, asked)
+    window_end = replication.end_of_window(asked["date_from"], window_end, newest, server)
+    all_kept = asked["date_from"] <= EPOCH
+    date_from, date_to = asked["date_from"], asked["date_to"]
+    if date_to is None:
+        date_to = max(datetime.now(UTC), date_from, (newest or EPOCH) + MICROSECOND)
+    if all_kept:  # from the first record's minute on; not before what is kept, so that it can be asked for
+        first = date_to if oldest is None else max(oldest - (oldest - EPOCH) % MINUTE, kept_from or EPOCH)
+        date_from = min(first, date_to)
+    edges = edges_of(date_from, date_to, asked["buckets"])
+    window = {
+        **asked,
+        "date_from": date_from,
+        "date_to": max(window_end, date_from),
+        "edges": edges[1:-1],
+        "rows": STATS_ROWS,
+    }
+    kept_from, counts, ips, uris = of_history(server, read(STATS, window))
+    if kept_from is not None and kept_from > date_from and not all_kept:
+        raise Gone(kept_from)
+    methods = sorted(counts["methods"] or (), key=lambda one: (-one[1], one[0]))
+    total = sum(count for _, count in methods)
+    return {
+        "date_from": format_date(date_from),
+        "date_to": format_date(date_to),
+        "total": total,
+        "methods": dict(methods),
+        "status_codes": {str(status): count for status, count in sorted(counts["status_codes"] or ())},
+        "buckets": as_buckets(counts["buckets"] or (), edges),
+        "top_ips": [{"ip": ip, "count": count} for ip, count in ips or ()],
+        "top_uris": [{"uri": uri, "count": count} for uri, count in uris or ()],
+        "top_of": min(total, STATS_ROWS),
+    }
+
+
+def edges_of(date_from: datetime, date_to: datetime, buckets: int) -> list[datetime]:
+    """Where buckets of the same width begin and end. Where that is a minute or more, the edges inside are rounded to
+    whole minutes, so every bucket keeps half a minute at least."""
+    span = (date_to - date_from) // MICROSECOND
+    edges = [date_from + span * n // buckets * MICROSECOND for n in range(buckets + 1)]
+    if span >= buckets * (MINUTE // MICROSECOND):
+        edges[1:-1] = [edge + MINUTE / 2 - (edge + MINUTE / 2 - EPOCH) % MINUTE for edge in edges[1:-1]]
+    return edges
+
+
+def as_buckets(counts: Sequence[tuple[int, int, int]], edges: Sequence[datetime]) -> list[dict[str, Any]]:
+    """The buckets of a reply, from [bucket, class of status, number of records] of those that are not 0."""
+    buckets: list[dict[str, Any]] = [
+        {"date_from": format_date(start), "date_to": format_date(end), **{f"{n}xx": 0 for n in range(1, 6)}}
+        for start, end in pairwise(edges)
+    ]
+    for bucket, status_class, count in counts:
+        buckets[bucket][f"{status_class}xx"] = count
+    return buckets
+
+
 # ---- Routes and access ----------------------------------------------------------------------------------------------
 
 HEALTH = "/api/health"
@@ -1655,7 +1802,7 @@ PUBLIC = (HEALTH, "/readyz", "/docs", "/docs/assets/{file}", "/docs/openapi.json
 
 
 class Api:
-    """What is asked of the database: POST stores lines, GET returns windows of records."""
+    """What is asked of the database: POST stores lines, GET returns windows of records, or counts them."""
 
     def __init__(self, database: Database, commit: GroupCommit, places: Places) -> None:
         self._database = database
@@ -1702,6 +1849,10 @@ class Api:
             if moment is not None:
                 response.set_header(name, format_date(moment))
 
+    def on_get_stats(self, request: falcon.Request, response: falcon.Response) -> None:
+        asked = parse_stats(request.params)
+        response.data = json.dumps(read_stats(self._database.read, self._database.replication, asked)).encode()
+
     def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
         """The database answers and has the schema, and storing is not stuck."""
         if not self._database.read(SCHEMA_READY)[0]:
@@ -1718,7 +1869,7 @@ class Api:
         """The process is alive."""
         response.data = b'{"successful": true}'
 
-    on_head, on_head_ready, on_head_health = on_get, on_get_ready, on_get_health
+    on_head, on_head_stats, on_head_ready, on_head_health = on_get, on_get_stats, on_get_ready, on_get_health
 
 
 class Files:
@@ -1748,9 +1899,9 @@ class Access:
     stored. So its Origin is checked before anything is done.
     """
 
-    def __init__(self, token: str, origins: str) -> None:
+    def __init__(self, token: str, origins: Sequence[str]) -> None:
         self._token = token.encode()
-        self._origins = re.split(r"\s*,\s*", origins) if origins else []
+        self._origins = origins
 
     def process_request(self, request: falcon.Request, response: falcon.Response) -> None:
         response.append_header("Vary", "Origin")
@@ -1786,17 +1937,24 @@ def is_own_origin(origin: str, host: str) -> bool:
     return page[2] == ours[2] or (page[2] in usual and ours[2] in usual)
 
 
+def read_origins(setting: str) -> list[str]:
+    """Those of BACKEND_CORS_ORIGINS, as browsers write them: in lower case, without the scheme's own port."""
+    origins = re.split(r"\s*,\s*", setting.lower()) if setting else []
+    return [origin.removesuffix(":80" if origin.startswith("http:") else ":443") for origin in origins]
+
+
 def create_app(database: Database, commit: GroupCommit, places: Places, settings: Settings) -> falcon.App[Any, Any]:
     """The WSGI application on given parts; only Channel can serve it: a POST ends in NeedsBody or Waiting."""
     app = falcon.App(media_type=JSON)
-    if settings.backend_cors_origins:
-        origins = re.split(r"\s*,\s*", settings.backend_cors_origins)
+    origins = read_origins(settings.backend_cors_origins)
+    if origins:
         app.add_middleware(falcon.CORSMiddleware("*" if origins == ["*"] else origins, expose_headers=EXPOSED))
-    app.add_middleware(Access(settings.api_token, settings.backend_cors_origins))
+    app.add_middleware(Access(settings.api_token, origins))
     app.set_error_serializer(write_problem)
     api = Api(database, commit, places)
     page = Files(*sorted((HERE / "static/swagger-ui").iterdir(), key=lambda file: file.name != "index.html"))
     app.add_route("/api/data", api)
+    app.add_route("/api/stats", api, suffix="stats")
     app.add_route(HEALTH, api, suffix="health")
     app.add_route("/readyz", api, suffix="ready")
     app.add_route("/docs", page)
@@ -1815,7 +1973,10 @@ WAITRESS_NAMES = {
     waitress.receiver.ChunkedReceiver: (
         "received", "control_line", "trailer", "chunk_remainder", "validate_chunk_end", "all_chunks_received", "getbuf",
     ),
-    waitress.task.Task: ("start", "has_body", "set_close_on_finish"),
+    waitress.task.Task: (
+        "build_response_header", "complete", "content_bytes_written", "content_length", "has_body",
+        "set_close_on_finish", "start", "write", "wrote_header",
+    ),
     waitress.task.WSGITask: ("get_environment", "service"),
     waitress.task.ErrorTask: ("execute",),
     waitress.task.ThreadedTaskDispatcher: ("add_task", "set_thread_count"),
@@ -1844,12 +2005,14 @@ def check_waitress() -> None:
 
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:(.*)$")
 # waitress's own patterns need quadratic time where these do not match: 3 KB took a second, 24 KB minutes
-FIRST_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [^ ]+(?: HTTP/[0-9]\.[0-9])?")
+FIRST_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [!-~]+(?: HTTP/[0-9]\.[0-9])?")
 BLANKS_IN_A_ROW = b" " * 128
 LINE_ENDS = re.compile(rb"(?:\r\n)*+")  # before a request (RFC 9112, 2.2)
 CHUNK_SIZE = re.compile(rb"(0*[1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")  # without extensions, and not the last one
 CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]+[ \t]*(;[^\r\n]*)?\r\n")
-TRAILERS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n]*+\r\n)*+\r\n")
+TRAILERS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n\0]*+\r\n)*+\r\n")
+
+TOO_LARGE = f"its body has more than {MAX_BODY_BYTES} bytes; send less at a time"
 
 
 class Refusal(waitress.utilities.Error):  # type: ignore[misc]
@@ -1894,7 +2057,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     def received(self, data: bytes) -> int:
         taken: int = super().received(data)
         if self.error is None and max(self.size, self.body_bytes_received // 4) > MAX_BODY_BYTES:
-            self.refuse(Refusal(falcon.HTTP_413, f"its body has more than {MAX_BODY_BYTES} bytes; send less at a time"))
+            self.refuse(Refusal(falcon.HTTP_413, TOO_LARGE))
         if self.error is not None:
             self.expect_continue = False
         return taken
@@ -1919,6 +2082,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as error:  # a target or a length that Python's own functions do not take
             raise waitress.parser.ParsingError("Bad target or Content-Length") from error
+        if "close" in re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower()):
+            self.headers["CONNECTION"] = "close"  # waitress does not look for it in a list
         if unclear := self._what_is_unclear(header_plus):
             return self.refuse(unclear)
         if self.chunked:
@@ -1962,6 +2127,8 @@ class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
                 self.error = Refusal(falcon.HTTP_400, "a chunk's size is no number, or its line is not ended by CR LF")
                 break
             taken += super().received(piece)
+            if len(self) + self.chunk_remainder > MAX_BODY_BYTES:
+                self.error = Refusal(falcon.HTTP_413, TOO_LARGE)
             if self.completed and self.trailer and not TRAILERS.fullmatch(self.trailer):
                 self.error = Refusal(falcon.HTTP_400, "its trailers are no headers")
             if max(len(self.control_line.rstrip(b"\r")), len(self.trailer)) > CHUNK_LINE_BYTES:
@@ -1998,6 +2165,8 @@ class Chunks(waitress.receiver.ChunkedReceiver):  # type: ignore[misc]
 class Task(waitress.task.WSGITask):  # type: ignore[misc]
     """Has the application answer a request."""
 
+    wrote_header: bool
+
     def start(self) -> None:
         super().start()
         if not self.request.completed:  # answered by its head: the connection cannot be used on
@@ -2011,9 +2180,23 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
     def get_environment(self) -> dict[str, Any]:
         return {**super().get_environment(), REQUEST: self.request, CHANNEL: self.channel}
 
+    def write(self, data: bytes) -> None:
+        """The head of a short answer goes out with its body: in one packet, by one system call."""
+        whole = self.complete and self.has_body and 0 < len(data) <= OUTBUF_BYTES and len(data) == self.content_length
+        if self.wrote_header or not whole:
+            super().write(data)
+            return
+        head = self.build_response_header()
+        self.wrote_header, self.content_bytes_written = True, len(data)
+        self.channel.write_soon(head + data)
+
 
 class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """Answers a request that never came to the application."""
+
+    @property
+    def has_body(self) -> bool:
+        return bool(getattr(self.request, "command", "") != "HEAD")  # it has none if its head could not be read
 
     def execute(self) -> None:
         error: waitress.utilities.Error = self.request.error
@@ -2586,9 +2769,12 @@ def make_server(settings: Settings, conninfo: str, listener: socket.socket) -> S
     app = create_app(database, commit, places, settings)  # the threads that no export can have are left for other GETs
     server = Server(app, commit, places, settings.threads, listener)
     server.start(settings.threads)
+    goes_on = "%s fails: %s; it goes on when that works again"
+    counting = Session(database.hosts, Outage("counting records", goes_on))
+    start_chore("counting", partial(count_minutes, counting), COUNTING_PAUSE_SECONDS)
     if settings.retention_days:
-        outage = Outage("deleting expired records", "%s fails: %s; it goes on when that works again")
-        Retention(Session(database.hosts, outage), settings.retention_days).start()
+        deleting = Session(database.hosts, Outage("deleting expired records", goes_on))
+        start_chore("retention", partial(delete_expired, deleting, settings.retention_days), EXPIRY_PAUSE_SECONDS)
     return server
 
 
@@ -2649,6 +2835,14 @@ def work(settings: Settings, conninfo: str, listener: socket.socket, signals: li
 # ---- Migrations -----------------------------------------------------------------------------------------------------
 
 SERVER_PID = "SELECT pg_backend_pid()"
+# Ends the limits that a role or a database sets for others, and gives the options with which the next session has none
+# either. Older versions of PostgreSQL lack some of them.
+END_TIME_LIMITS = """
+SELECT '-c ' || name || '=' || set_config(name, '0', FALSE)
+  FROM pg_settings
+ WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout',
+                'idle_session_timeout', 'idle_in_transaction_session_timeout')
+"""
 MIGRATION_LOCK = "SELECT pg_try_advisory_lock(7021961410472345602)"
 END_KILLED_RUN = """
 SELECT count(pg_terminate_backend(pid))
@@ -2668,14 +2862,16 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
     A pooler would hand the session that holds the lock to somebody else; it is known by its made-up process id.
     """
     conninfo = make_conninfo("target_session_attrs=primary", **conninfo_to_dict(conninfo))
-    with psycopg.connect(conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
+    options: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "client_encoding": "UTF8"}
+    with psycopg.connect(conninfo, autocommit=True, **options) as connection:
         if connection.execute(SERVER_PID).fetchall() != [(connection.info.backend_pid,)]:
             raise OSError("a pooler stands between here and PostgreSQL: migrate directly, at PostgreSQL's own address")
+        check_encoding(connection)
+        limits = [option for (option,) in connection.execute(END_TIME_LIMITS)]
         while connection.execute(MIGRATION_LOCK).fetchall() != [(True,)]:
             time.sleep(0.2)
         connection.execute(END_KILLED_RUN)
-        options = {**conninfo_to_dict(conninfo), "application_name": "log-pipeline-migration"}
-        backend = yoyo.get_backend("postgresql+psycopg:///?" + urlencode(options))
+        backend = connect_yoyo(conninfo, limits)
         backend.break_lock()
         with backend.lock():
             steps = yoyo.read_migrations(str(HERE / "migrations"))
@@ -2687,6 +2883,17 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
                 backend.apply_migrations(chosen)
         backend.connection.close()
         return [step.id for step in chosen]
+
+
+def connect_yoyo(conninfo: str, options: Sequence[str]) -> Any:
+    """yoyo's backend; it opens further sessions with the same parameters. Raises psycopg.Error."""
+    given = conninfo_to_dict(conninfo)
+    own = {
+        "application_name": "log-pipeline-migration",
+        "client_encoding": "UTF8",
+        "options": " ".join([str(given.get("options", "")), *options]),
+    }
+    return yoyo.get_backend("postgresql+psycopg:///?" + urlencode(given | own))
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -2706,6 +2913,12 @@ def database_of(settings: Settings) -> Iterator[str]:
         yield conninfo
 
 
+def name_of_database(conninfo: str) -> str:
+    """What libpq takes from its own environment stays unsaid."""
+    where = conninfo_to_dict(conninfo)
+    return f"{where.get('dbname') or 'the default database'} at {where.get('host') or 'the default host'}"
+
+
 def run(settings: Settings, command: str, signals: list[int]) -> None:
     """Carries out one command. Raises OSError and psycopg.Error when it cannot start."""
     check_waitress()
@@ -2716,10 +2929,7 @@ def run(settings: Settings, command: str, signals: list[int]) -> None:
         if command or settings.embedded:
             done = migrate(conninfo, back=command == "rollback")
             verb = "taken back" if command == "rollback" else "applied"
-            where = conninfo_to_dict(conninfo)
-            log.info(
-                "migrations %s in %s at %s: %s", verb, where["dbname"], where.get("host"), ", ".join(done) or "none"
-            )
+            log.info("migrations %s in %s: %s", verb, name_of_database(conninfo), ", ".join(done) or "none")
         if listener is not None:
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import glob
 import gzip
 import http.client
@@ -42,9 +43,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 from urllib.parse import urlsplit
 
+T = TypeVar("T")
 log = logging.getLogger("client")
 
 # ---- Limits ---------------------------------------------------------------------------------------------------------
@@ -64,6 +66,8 @@ DURABLE_SECONDS = 2.0  # between durable positions: what is sent again after a p
 ROTATED_SECONDS = 2.0  # a renamed file must have been quiet for so long before the next one is read
 UNTERMINATED_SECONDS = 10.0  # and for so long before its last line counts as whole without a line feed
 WATCHED_SECONDS = 3600.0  # a renamed file is looked at for so long: its writer may go on
+WATCHED_FILES = 32  # of one source; with more of them, the oldest only until they are quiet
+FINISHED_FILES = 32  # of one source that are known again by their checksums when nobody looks at them any more
 SHUTDOWN_SECONDS = 4.5  # for delivering what is left after SIGTERM; the process ends within 5 s
 PROGRESS_SECONDS = 10.0
 CHUNK_BYTES = 256 * 1024  # of a source at a time; a longer line is refused
@@ -90,8 +94,9 @@ def like(expression: str) -> Callable[[str], bool]:
 
 def is_url(text: str) -> bool:
     try:
-        return bool(re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", text)) and urlsplit(text).port != 0
-    except ValueError:  # its port, or brackets
+        host = (urlsplit(text).hostname or "").encode("idna")
+        return bool(host and re.fullmatch(r'https?://[^\s/?#@]+(/[!"$->@-~]*)?', text)) and urlsplit(text).port != 0
+    except ValueError:  # its port, brackets, or a part of the host that is too long
         return False
 
 
@@ -161,11 +166,16 @@ USUAL = re.compile(
     rb" ([1-5][0-9]{2})(?: .*)?"
 ).fullmatch
 PLAIN = re.compile(rb"(\S+) (" + TOKEN + rb") ([^\s\0-\x1f\x7f]+) ([1-5][0-9]{2})").fullmatch
-CRI = re.compile(rb"[0-9-]{10}T[0-9:.]+(?:Z|[+-][0-9:]{5}) (?:stdout|stderr) [FP](?:\S*) ")
-SYSLOG = re.compile(
-    rb"(?:<[0-9]{1,3}>)?(?:[A-Z][a-z]{2} [ 0-9][0-9] [0-9:]{8}|[0-9-]{10}T[0-9:.]+(?:Z|[+-][0-9:]{5})) \S+ [^\s:]+: ?"
-    rb"|<[0-9]{1,3}>1 \S+ \S+ \S+ \S+ \S+ (?:-|\[[^\]]*\]) (?:\xef\xbb\xbf)?"
-)
+CRI = re.compile(rb"[0-9-]{10}T[0-9:.]+(?:Z|[+-][0-9:]{5}) (stdout|stderr) ([FP])\S* ").match
+DOCKER = re.compile(  # as its json-file driver writes it, and nobody else
+    rb'\{"log":"([^"\\]*+(?:\\.[^"\\]*+)*+)","stream":"(stdout|stderr)",(?:"attrs":\{.*\},)?"time":"[^"]*"\}'
+).match
+WRAPPED = b"20", b'{"log":"'  # all that these two match begins so
+SYSLOG = re.compile(  # RFC 3164, also without a host, or with the time of RFC 3339; RFC 5424
+    rb"(?:<[0-9]{1,3}>)?(?:[A-Z][a-z]{2} [ 0-9][0-9] [0-9:]{8}|[0-9-]{10}T[0-9:.]+(?:Z|[+-][0-9:]{5}))"
+    rb" (?:[A-Za-z][^\s:]*: |\S+ [^\s:]+: ?)"
+    rb"|<[0-9]{1,3}>1 \S+ \S+ \S+ \S+ \S+ (?:-|(?:\[[^\]\\]*+(?:\\.[^\]\\]*+)*+\])++) (?:\xef\xbb\xbf)?"
+).match
 WORDS = re.compile(  # a quoted string with escapes, something in brackets, or what stands between blanks
     rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?$)|\[[^\]]*+(?:\]|$)|[^\s"\[]\S*+', re.DOTALL
 )
@@ -209,7 +219,7 @@ def journal_line(line: bytes, pattern: re.Pattern[bytes] | None = None) -> Parse
     if pattern:
         return from_pattern(pattern, line)
     for header in (CRI, SYSLOG):
-        if found := header.match(text):
+        if found := header(text):
             text = text[found.end() :].lstrip()
     if found := PLAIN(text) or USUAL(text):
         ip = address_of(found[1])
@@ -362,9 +372,65 @@ def as_bytes(value: str | int) -> bytes:
         return str(value).encode(errors="surrogatepass")
 
 
-def overlong(first: bytes, length: int) -> bytes:
-    """What is noted of a line that is too long to be read at once: four fields it has not, so it will be refused."""
-    return first[:OVERLONG_BYTES].replace(b"\n", b" ") + b" ... a line of %d bytes, too long to be stored" % length
+TOO_LONG = b"a line of %d bytes, too long to be stored"
+ONLY_BEGUN = b"the first %d bytes of a line whose end never came"
+
+
+def overlong(first: bytes, length: int, what: bytes = TOO_LONG) -> bytes:
+    """What is noted of a line that cannot be read as a whole: four fields it has not, so it will be refused."""
+    return first[:OVERLONG_BYTES].replace(b"\n", b" ") + b" ... " + what % length
+
+
+def without_zeros(data: bytes) -> bytes:
+    """NULs in front of a line, and long runs of them, are no part of it."""
+    return re.sub(rb"(?m)^\0+|\0{%d,}+" % ZERO_RUN, b"\n", data)
+
+
+Begun = tuple[tuple[str, str, int], ...]  # of lines whose end is to come: the stream, as Latin-1 the text, its length
+
+
+class Pieces:
+    """Joins what a container engine has cut a long line into: CRI's P, or a `log` of Docker that ends without \\n.
+
+    What has begun is kept in the state of its file, so that a restart, or the next file of a rotation, goes on with it.
+    """
+
+    def __init__(self, begun: Begun = ()) -> None:
+        self._begun = {stream.encode(): ([text.encode("latin-1")], length) for stream, text, length in begun}
+
+    @property
+    def begun(self) -> Begun:
+        return tuple(
+            (stream.decode(), b"".join(texts).decode("latin-1"), length)
+            for stream, (texts, length) in self._begun.items()
+        )
+
+    def joined(self, line: bytes) -> tuple[bytes, int]:
+        """The line with all its pieces, and its length; of one that is too long the beginning; b"" if more follow."""
+        if found := CRI(line):
+            stream, start, end, more = found[1], found.end(), len(line), found[2] == b"P"
+        elif found := DOCKER(line):
+            text = found[1]
+            backslashes = len(text) - 1 - len(text[:-1].rstrip(b"\\"))  # in front of the last character
+            stream, (start, end), more = found[2], found.span(1), not (text.endswith(b"n") and backslashes % 2)
+        else:
+            return line, len(line)
+        if not more and stream not in self._begun:
+            return line, len(line)
+        texts, length = self._begun.pop(stream, ([], 0))
+        texts.append(line[start:end])
+        length += end - start
+        if length > CHUNK_BYTES:
+            texts = [b"".join(texts)[:OVERLONG_BYTES]]
+        if more:
+            self._begun[stream] = texts, length
+            return b"", 0
+        return b"".join(texts) if length > CHUNK_BYTES else line[:start] + b"".join(texts) + line[end:], length
+
+    def given_up(self) -> list[bytes]:
+        """What is noted, as refused, of lines that have no end."""
+        begun, self._begun = self._begun, {}
+        return [overlong(b"".join(texts), length, ONLY_BEGUN) for texts, length in begun.values()]
 
 
 class Parser:
@@ -377,23 +443,36 @@ class Parser:
         self._silent = 0  # lines of no known form from its beginning on; -1: it has others
         self.zeros = 0
 
-    def lines(self, data: bytes) -> list[bytes]:
-        """The journal lines of whole lines."""
+    def lines(self, data: bytes, pieces: Pieces | None = None) -> list[bytes]:
+        """The journal lines of whole lines; says what is odd about them."""
         if b"\0" in data:
-            data, before = re.sub(rb"(?m)^\0+|\0{%d,}+" % ZERO_RUN, b"\n", data), len(data)
+            data, before = without_zeros(data), len(data)
             self.skipped(before - len(data))
+        found, unknown = self._parsed(data, pieces or Pieces())
+        if found and self._silent >= 0:
+            self._look_at(found, unknown)
+        return found
+
+    def same_lines(self, data: bytes, pieces: Pieces) -> list[bytes]:
+        """What `lines` has given for it before."""
+        return self._parsed(without_zeros(data), pieces)[0]
+
+    def _parsed(self, data: bytes, pieces: Pieces) -> tuple[list[bytes], int]:
+        """The lines, and how many of them are in no known form."""
         found, unknown = [], 0
         for line in data.split(b"\n"):
             if usual := self._usual(line):
                 found.append(b"%b %b %b %b" % usual.groups())
             elif line:
-                parsed = journal_line(line, self._pattern)
+                whole, length = pieces.joined(line) if line.startswith(WRAPPED) else (line, 0)
+                if not whole:
+                    continue
+                too_long = length > len(whole)
+                parsed = Parsed(overlong(whole, length), False) if too_long else journal_line(whole, self._pattern)
                 if parsed.line:
                     found.append(parsed.line)
                     unknown += not parsed.known
-        if found and self._silent >= 0:
-            self._look_at(found, unknown)
-        return found
+        return found, unknown
 
     def _look_at(self, found: Sequence[bytes], unknown: int) -> None:
         """Said once: a source of which nothing will be stored."""
@@ -441,6 +520,15 @@ class Mark(NamedTuple):
     part: int
     journal: int
     journal_after: int
+    open: int = 0  # 1: in the middle of a line that comes in pieces, so that nobody can go on from here
+
+
+class Finished(NamedTuple):
+    """A file that was read to this size, has this checksum, and is not looked at any more."""
+
+    inode: int
+    size: int
+    crc: int
 
 
 @dataclass(frozen=True)
@@ -457,14 +545,16 @@ class FileState:
     base: int = 0  # what is before this has no marks
     marks: tuple[Mark, ...] = ()
     left_at: float = 0.0  # when another file was seen in its place, in seconds since the epoch; 0: it is the newest
+    begun: Begun = ()  # what is before the offset of lines whose ends are behind it
 
     def back_to(self, count: int) -> FileState:
-        """As it was at one of its marks."""
+        """As it was at one of its marks, or at the last one before that where all lines had ended."""
         if count == len(self.marks):
             return self
-        return replace(
-            self, offset=self.marks[count - 1].offset if count else self.base, marks=self.marks[:count], tail=""
-        )
+        while count and self.marks[count - 1].open:
+            count -= 1
+        offset = self.marks[count - 1].offset if count else self.base
+        return replace(self, offset=offset, marks=self.marks[:count], tail="", begun=())
 
     def with_mark(self, mark: Mark) -> FileState:
         """With one more; neighbours become one: short ones, and older ones when there are many."""
@@ -508,6 +598,7 @@ class SourceState:
 
     sources: Mapping[str, tuple[FileState, ...]] = field(default_factory=dict)
     chunk: Chunk | None = None
+    finished: Mapping[str, tuple[Finished, ...]] = field(default_factory=dict)  # of each source, the last one last
 
 
 def read_state(path: str) -> dict[str, Any] | None:
@@ -569,14 +660,17 @@ def read_source_state(path: str) -> SourceState:
             chunk = Chunk(**{**chunk, "before": chunk["before"] and file_state(chunk["before"], path)})
             if not all(isinstance(n, int) for n in (chunk.index, chunk.part, chunk.journal, chunk.journal_after)):
                 raise TypeError("its chunk has no numbers")
-        return SourceState(sources, chunk)
+        finished = values.get("finished", {}).items()
+        known = {name: tuple(Finished(*map(int, one)) for one in files) for name, files in finished}
+        return SourceState(sources, chunk, known)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Spoilt(f"{path} is spoilt: {error!r}") from error
 
 
 def file_state(values: Mapping[str, Any], path: str) -> FileState:
     marks = tuple(Mark(*map(int, mark)) for mark in values["marks"])
-    state: FileState = typed(FileState, {**values, "marks": marks}, path)
+    begun = tuple((str(stream), str(text), int(length)) for stream, text, length in values.get("begun", ()))
+    state: FileState = typed(FileState, {**values, "marks": marks, "begun": begun}, path)
     return state
 
 
@@ -638,6 +732,10 @@ def read_tail(file: int, path: str) -> bytes:
     return tail if torn < TAIL_BYTES else read_tail(file, path)
 
 
+def without(states: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+    return {name: state for name, state in states.items() if name not in names}
+
+
 def crc_of(file: int, start: int, end: int, crc: int = 0) -> int | None:
     """The checksum of these bytes of a file, going on from `crc`; None if it is shorter."""
     while start < end:
@@ -655,6 +753,11 @@ def shift_parts(path: str, keep: int) -> None:
             os.unlink(f"{path}.{number}")
         else:
             os.replace(f"{path}.{number}", f"{path}.{number + 1}")
+
+
+def without_companion(path: str) -> str:
+    """The journal that a file of this name would be beside; any other path as it is."""
+    return re.sub(r"(\.(journal|position|source|rejected|part|new|[0-9]{1,6}))+$", "", path)
 
 
 def part_numbers(path: str) -> list[int]:
@@ -695,8 +798,9 @@ class Journal:
         flush_folder(path)
         self.state = self._read_state()
         stored = read_source_state(f"{path}.source")
-        self.sources, self._chunk = dict(stored.sources), stored.chunk
-        self._source_texts: dict[str, str] = {}
+        self.sources, self.finished, self._chunk = dict(stored.sources), dict(stored.finished), stored.chunk
+        self._source_texts: dict[str, tuple[tuple[FileState, ...], str]] = {}  # what is in .source of each of them
+        self._finished_text = ""
         self._take_back_chunk()
         self._take_back_sources(max(self.size, self.state.acknowledged))
         self.state = self._with_new_span(self._checked(self.state))
@@ -785,9 +889,7 @@ class Journal:
         flush_to_disk(self._file, self.path)
         files = list(self.sources.get(chunk.source, ()))
         files[chunk.index :] = [chunk.before, *files[chunk.index + 1 :]] if chunk.before else files[chunk.index + 1 :]
-        self.sources[chunk.source] = tuple(files)
-        self._chunk = None
-        self._write_sources()
+        self._write_sources(self.sources | {chunk.source: tuple(files)})
 
     def _take_back_sources(self, end: int) -> None:
         """A journal that was restored or removed has less of the sources than .source says: that is read again."""
@@ -818,8 +920,7 @@ class Journal:
 
     def owns(self, path: str) -> bool:
         """It is LOG_FILE or a file beside it."""
-        real, own = os.path.realpath(path), os.path.realpath(self.path)
-        return real == own or real.startswith(f"{own}.")
+        return without_companion(os.path.realpath(path)) == os.path.realpath(self.path)
 
     def left(self) -> int:
         """Bytes that are not delivered."""
@@ -869,35 +970,54 @@ class Journal:
         files = self.sources.get(move.source, ())
         before = files[move.index] if move.index < len(files) else None
         chunk = Chunk(move.source, move.index, before, identity, part, self.size, end, zlib.crc32(data))
-        state = move.after.with_mark(Mark(move.after.offset, move.crc, part, self.size, end))
-        known, known_chunk = self.sources.get(move.source), self._chunk
-        self.sources[move.source], self._chunk = (*files[: move.index], state, *files[move.index + 1 :]), chunk
-        try:
-            self._write_sources(move.source)
-        except OSError:
-            self.sources[move.source], self._chunk = known or (), known_chunk
-            raise
+        mark = Mark(move.after.offset, move.crc, part, self.size, end, int(bool(move.after.begun)))
+        state = move.after.with_mark(mark)
+        files = (*files[: move.index], state, *files[move.index + 1 :])
+        self._write_sources(self.sources | {move.source: files}, chunk=chunk)
 
     def keep_files_of(self, source: str, files: Sequence[FileState]) -> None:
-        """Which files a source consists of now. Raises OSError, DiskFailure."""
+        """Which files a source consists of now. Nothing is changed if that fails. Raises OSError, DiskFailure."""
         with self._mutex:
-            if self.sources.get(source, ()) != tuple(files):
+            known = self.sources.get(source, ())
+            if known != tuple(files):
+                inodes = {one.inode for one in files}
+                gone = (Finished(one.inode, one.offset, one.marks[-1].crc)
+                        for one in known if one.inode not in inodes and one.marks and not one.base)  # fmt: skip
+                finished = (*self.finished.get(source, ()), *gone)[-FINISHED_FILES:]
                 flush_to_disk(self._file, self.path)
-                self.sources[source], self._chunk = tuple(files), None
-                self._write_sources(source)
+                self._write_sources(self.sources | {source: tuple(files)}, self.finished | {source: finished})
 
-    def adopt(self, source: str) -> None:
-        """The state of the version before this one is that of this source. Raises OSError, DiskFailure."""
+    def adopt(self, olds: Sequence[str], source: str) -> None:
+        """The files of the old sources, the newest last, are those of this one. Raises OSError, DiskFailure."""
         with self._mutex:
-            self.sources[source], self._chunk = self.sources.pop(""), None
-            self._write_sources()
+            files = {source: tuple(one for old in olds for one in self.sources.get(old, ()))}
+            flush_to_disk(self._file, self.path)
+            self._write_sources(without(self.sources, olds) | files, without(self.finished, olds))
 
-    def _write_sources(self, changed: str | None = None) -> None:
-        for name, files in self.sources.items():
-            if name == changed or name not in self._source_texts:
-                self._source_texts[name] = f"{json.dumps(name)}: {as_json(files)}"
-        texts = ", ".join(self._source_texts[name] for name in self.sources)
-        write_state(f"{self.path}.source", f'{{"sources": {{{texts}}}, "chunk": {as_json(self._chunk)}}}')
+    def forget(self, source: str) -> None:
+        """It is gone for good. Raises OSError, DiskFailure."""
+        with self._mutex:
+            flush_to_disk(self._file, self.path)
+            self._write_sources(without(self.sources, [source]), without(self.finished, [source]))
+
+    def _write_sources(
+        self,
+        sources: dict[str, tuple[FileState, ...]],
+        finished: dict[str, tuple[Finished, ...]] | None = None,
+        chunk: Chunk | None = None,
+    ) -> None:
+        """Writes .source, and is in that state then. What has not changed is not made a text of again."""
+        finished = self.finished if finished is None else finished
+        known, texts = self._source_texts, {}
+        for name, files in sources.items():
+            same = name in known and known[name][0] is files
+            texts[name] = known[name] if same else (files, f"{json.dumps(name)}: {as_json(files)}")
+        if finished is not self.finished or not self._finished_text:
+            self._finished_text = as_json(finished)
+        all_files = ", ".join(text for _, text in texts.values())
+        text = f'{{"sources": {{{all_files}}}, "chunk": {as_json(chunk)}, "finished": {self._finished_text}}}'
+        write_state(f"{self.path}.source", text)
+        self.sources, self.finished, self._chunk, self._source_texts = sources, finished, chunk, texts
 
     # -- delivering: one thread at a time
 
@@ -1115,6 +1235,9 @@ def locked(path: str) -> int:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError(errno.EINVAL, "not a regular file", path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file), os.stat(path)):
@@ -1154,9 +1277,10 @@ def locked_numbered(path: str, sources: Sequence[str]) -> tuple[str, int]:
 
 # ---- Sources --------------------------------------------------------------------------------------------------------
 
-NUMBERED = r"[._-](?:[0-9][0-9A-Za-z:.+_-]*|old)"  # what a rotation puts behind a name
-DATED = r"[._-](?:19|20)[0-9]{2}-?[01][0-9][0-9A-Za-z:.+_-]*"  # or before its ending
+NUMBERED = re.compile(r"[._-](?:[0-9][0-9A-Za-z:.+_-]*|old)")  # what a rotation puts behind a name
+DATED = re.compile(r"[._-](?:19|20)[0-9]{2}-?[01][0-9][0-9A-Za-z:.+_-]*")  # or before its ending
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip")  # the first of them can be read
+SECOND = 10**9  # nanoseconds; what compresses a file may leave it a time stamp of whole seconds
 
 
 @dataclass(frozen=True)
@@ -1175,6 +1299,7 @@ class Read(NamedTuple):
     lines: list[bytes]
     length: int
     data: bytes = b""
+    begun: Begun = ()
 
 
 class OpenFile:
@@ -1184,6 +1309,7 @@ class OpenFile:
         self.file = file
         self.state = state
         self.final = final  # a decompressed copy: nothing is appended to it
+        self.replaces = False  # the file before it was deleted when this one came
         self.quiet_since = float("inf")  # seen with a newer file in its place, and with nothing new
         self._scanned = 0  # bytes behind the offset that are part of an overlong line, or NULs
         self._zeros = False
@@ -1199,15 +1325,23 @@ class OpenFile:
         if not end and ended and len(data) < CHUNK_BYTES:
             end = len(data)
         if end:
-            return Read(parser.lines(data[:end]), end, data[:end])
+            pieces = Pieces(self.state.begun)
+            return Read(parser.lines(data[:end], pieces), end, data[:end], pieces.begun)
         zeros = len(data) - len(data.lstrip(b"\0"))
         if 0 < zeros < len(data):
             parser.skipped(zeros)
-            return Read([], zeros, data[:zeros])
+            return Read([], zeros, data[:zeros], self.state.begun)
         if len(data) < CHUNK_BYTES:
             return None
         self._scanned, self._zeros = len(data), zeros > 0
         return Read([], 0)
+
+    def close(self) -> None:
+        os.close(self.file)
+
+    @property
+    def is_deleted(self) -> bool:
+        return not self.final and not os.fstat(self.file).st_nlink
 
     def _scan(self, parser: Parser, ended: bool) -> Read | None:
         """Goes on in a line that is longer than a chunk, or in NULs, which may yet become something else."""
@@ -1223,7 +1357,7 @@ class OpenFile:
             length, self._scanned = self._scanned + end, 0
             if self._zeros:
                 parser.skipped(length)
-            return Read([] if self._zeros else [overlong(first, length)], length)
+            return Read([] if self._zeros else [overlong(first, length)], length, begun=self.state.begun)
         self._scanned += len(data)
         return Read([], 0) if data else None
 
@@ -1242,7 +1376,7 @@ class OpenFile:
         if not got.data or len(state.head) < min(state.offset, KNOWN_BYTES):  # of the version before: not known
             head = os.pread(self.file, min(end, KNOWN_BYTES), 0).decode("latin-1")
         known = replace(state, head=head, tail=tail.decode("latin-1"), head_crc=0)
-        return replace(known, offset=end, modified=modified), crc
+        return replace(known, offset=end, modified=modified, begun=got.begun), crc
 
 
 def is_same(file: int, state: FileState) -> bool:
@@ -1256,36 +1390,49 @@ def is_same(file: int, state: FileState) -> bool:
     return same and os.pread(file, len(tail), state.offset - len(tail)) == tail
 
 
-def parted(file: int, state: FileState, journal: Journal, pattern: re.Pattern[bytes] | None) -> FileState:
+def parted(file: int, state: FileState, journal: Journal, parser: Parser) -> FileState:
     """The state at the place where a file ceases to be what was read of it: after a power cut, or an edit.
 
     By the checksums of the marks, then line by line against what the journal has of it. A file whose first line is
     another one was truncated or replaced: its state is that of one of which nothing was read.
     """
-    fresh = FileState(os.fstat(file).st_ino, state.path)
+    status = os.fstat(file)
+    fresh = FileState(status.st_ino, state.path, modified=status.st_mtime_ns)
     first = (state.head.encode("latin-1").partition(b"\n")[0] + b"\n")[:KNOWN_BYTES]
-    if not state.head or os.fstat(file).st_size < state.base or os.pread(file, len(first), 0) != first:
+    if not state.head or status.st_size < state.base or os.pread(file, len(first), 0) != first:
         return fresh
     kept, offset, crc = 0, state.base, 0
-    for mark in state.marks:
+    for number, mark in enumerate(state.marks, 1):
         if (found := crc_of(file, offset, mark.offset, crc)) != mark.crc:
             break
-        kept, offset, crc = kept + 1, mark.offset, mark.crc
-    rest = state.marks[kept:]
+        offset, crc = mark.offset, mark.crc
+        kept = kept if mark.open else number
+    rest, pieces = state.marks[kept:], Pieces()
     lines = itertools.chain.from_iterable(map(journal.lines_of, rest))
+    offset = state.marks[kept - 1].offset if kept else state.base
     here = rest[0].journal if rest else 0
     for raw in raw_lines(file, offset):
-        line = journal_line(raw, pattern).line
-        if line:
-            if next(lines, None) != line:
-                break
-            here += len(line) + 1
+        begun = pieces.begun
+        again = parser.same_lines(raw, pieces)
+        if again and again != list(itertools.islice(lines, len(again))):
+            pieces = Pieces(begun)
+            break
+        here += sum(len(line) + 1 for line in again)
         offset += len(raw)
-    state = replace(state.back_to(kept), offset=offset, inode=fresh.inode, head=state.head[:offset])
-    if rest and offset > (state.marks[-1].offset if kept else 0):
+    state = replace(state.back_to(kept), offset=offset, inode=fresh.inode, head=state.head[:offset], begun=pieces.begun)
+    if rest and offset > (state.marks[-1].offset if state.marks else 0):
         found = crc_of(file, state.base, offset) or 0
-        state = state.with_mark(Mark(offset, found, rest[0].part, rest[0].journal, here))
+        state = state.with_mark(Mark(offset, found, rest[0].part, rest[0].journal, here, int(bool(pieces.begun))))
     return replace(state, tail=os.pread(file, min(KNOWN_BYTES, offset), max(0, offset - KNOWN_BYTES)).decode("latin-1"))
+
+
+def missed_since(known: Sequence[FileState], found: Sequence[OpenFile | None], newest: FileState) -> FileState | None:
+    """The file since which others may have been missed: nothing was read of it, so its content does not tell it."""
+    unread = [state for state, one in zip(known[:-1], found, strict=False) if not one and not state.offset]
+    if known and not newest.offset:
+        unread.append(known[-1])
+    since = min(unread, key=lambda state: state.modified, default=None)
+    return since if since and since.modified else None
 
 
 def raw_lines(file: int, offset: int) -> Iterator[bytes]:
@@ -1306,13 +1453,24 @@ def glob_expression(pattern: str) -> str:
                    for part in re.findall(r"\[[^\]]+\]|.", pattern, re.DOTALL)).replace("[!", "[^")  # fmt: skip
 
 
-def is_rotated(name: str, base: str, dated: bool = True) -> bool:
+@functools.lru_cache(maxsize=4096)
+def bases_of(path: str) -> tuple[str, ...]:
+    """What the file may have been called before a rotation put a number, a date or .gz behind its name."""
+    folder, name = os.path.split(path)
+    plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), ""))
+    places = [found.start() for found in re.finditer("[._-]", plain)]
+    bases = [plain[:n] for n in places if n and NUMBERED.fullmatch(plain, n)]
+    return tuple(os.path.join(folder, base) for base in (*bases, *([plain] if plain != name else [])))
+
+
+def is_rotated(path: str, base: str) -> bool:
     """access.log.1, access.log-20260101.gz and, with its date inside, access-20260101.log are parts of access.log."""
-    stem, dot, ending = base.partition(".")
-    packed = f"(?:{'|'.join(map(re.escape, COMPRESSED))})?"
-    behind = f"{re.escape(base)}{NUMBERED}?{packed}"
-    inside = f"{re.escape(stem)}{DATED}(?:{re.escape(dot + ending)})?{packed}"
-    return name != base and bool(re.fullmatch(behind, name) or (dated and re.fullmatch(inside, name)))
+    if base in bases_of(path):
+        return True
+    folder, name = os.path.split(path)
+    stem, dot, ending = os.path.basename(base).partition(".")
+    plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), "")).removesuffix(dot + ending)
+    return name.startswith(stem) and folder == os.path.dirname(base) and bool(DATED.fullmatch(plain, len(stem)))
 
 
 def open_regular(path: str) -> int:
@@ -1324,11 +1482,17 @@ def open_regular(path: str) -> int:
     return file
 
 
-def open_member(path: str) -> tuple[int, bool]:
-    """A file of a source's rotation, and whether it is a decompressed copy. Raises OSError, EOFError, zlib.error."""
+def open_member(path: str, head: bytes = b"") -> tuple[int, bool]:
+    """A file of a source's rotation, and whether it is a decompressed copy.
+
+    Raises OSError, EOFError, zlib.error; ValueError for a compressed one that begins otherwise, which is soon seen.
+    """
     if not path.endswith(".gz"):
         return open_regular(path), False
     with gzip.open(path) as packed, tempfile.TemporaryFile() as unpacked:
+        if head and packed.read(len(head)) != head:
+            raise ValueError("another file")
+        packed.seek(0)
         shutil.copyfileobj(packed, unpacked)
         unpacked.flush()
         return os.dup(unpacked.fileno()), True
@@ -1338,7 +1502,13 @@ class FollowedFile:
     """One path of SOURCE: the file that is there, those that were renamed from there, and whatever becomes of them.
 
     Files of a rotation are read in their order: a newer one when the one before has been quiet. A renamed one stays
-    open for an hour, as its writer may go on. What decides whether a file is the one that was read is its content.
+    open for an hour, as its writer may go on. What decides whether a file is the one that was read is its content:
+      * renamed: it has the inode, and at its beginning and before the offset the bytes that were read
+      * copied and truncated, or compressed: these bytes, under another inode, in a name that a rotation makes
+      * compressed when it was read already: the size and checksum of a deleted one, or one of the last that were left
+      * edited, or cut by a power cut: it begins as the one that was read; marks and journal tell where they part
+      * never seen, as there were two rotations between two looks: its name, and that it is newer than the last one
+      * gone: that is said, with what is known
     """
 
     def __init__(self, path: str, journal: Journal, pattern: str = "") -> None:
@@ -1347,27 +1517,67 @@ class FollowedFile:
         self.said = ""  # why it cannot be read
         self._journal = journal
         self._parser = Parser(path, pattern)
-        self._pattern = re.compile(pattern.encode()) if pattern else None
         self._told: set[str] = set()  # files that cannot be read
         self._syncs = True
+        self._gone_since = float("inf")
 
     def step(self) -> bool:
         """Moves one chunk of lines into the journal; False if there is nothing new. Raises OSError, DiskFailure."""
         if not self.files:
-            self._open()
-        self._look_for_newer()  # before the reading: what is written until then is read
+            self.open()
+        unseen = None
+        try:
+            self._look_for_newer()  # before the reading: what is written until then is read
+        except OSError as error:  # of a file that cannot be opened; the others are read all the same
+            unseen = error
         self._keep()  # once more, if the disk was full
         for index, one in enumerate(self.files):
             if self._move(index):
-                one.quiet_since = float("inf")
+                one.quiet_since = self._gone_since = float("inf")
                 return True
-            if index < len(self.files) - 1 and not one.final:
-                now = time.monotonic()
-                one.quiet_since = min(one.quiet_since, now)
-                if now - one.quiet_since <= ROTATED_SECONDS:
-                    return False
+            if not self._is_over(index):
+                break
         self._forget_old()
+        if unseen:
+            raise unseen
         return False
+
+    def _is_over(self, index: int) -> bool:
+        """With nothing new in it, it is the next one's turn. The writer of the one that was renamed last may go on."""
+        one, behind = self.files[index], len(self.files) - 1 - index
+        if not behind:
+            return True
+        now = time.monotonic()
+        one.quiet_since = min(one.quiet_since, now)
+        if behind == 1 and not one.final and now - one.quiet_since <= ROTATED_SECONDS:
+            return False
+        following = self.files[index + 1]
+        if not following.state.offset:
+            self._begin(one, following)
+        elif one.state.begun and now - one.quiet_since > UNTERMINATED_SECONDS:
+            self._give_up_pieces(index)
+        return True
+
+    def _begin(self, one: OpenFile, following: OpenFile) -> None:
+        """Before a file is read: what it shares with the one before it, which was read to its end. Raises OSError."""
+        state = following.state
+        found = parted(following.file, one.state, self._journal, self._parser) if following.replaces else None
+        if found and found.offset:  # an edited copy of it, as sed -i makes one
+            state = replace(found, path=state.path, left_at=state.left_at)
+            self._say_parted(one.state, state)
+        elif one.state.begun:  # a container's log was rotated in the middle of a line
+            state = replace(state, begun=one.state.begun)
+            one.state = replace(one.state, begun=())
+        if state != following.state:
+            following.state = state
+            self._keep()
+
+    def _give_up_pieces(self, index: int) -> None:
+        """Lines whose ends never came are noted as refused. Raises OSError, DiskFailure."""
+        state, pieces = self.files[index].state, Pieces(self.files[index].state.begun)
+        crc = state.marks[-1].crc if state.marks else 0
+        self._journal.append(pieces.given_up(), Move(self.path, index, replace(state, begun=()), crc))
+        self.files[index].state = self._journal.sources[self.path][index]
 
     def _move(self, index: int) -> bool:
         """The file is checked after the reading: a truncated one may have grown past the offset until then.
@@ -1375,7 +1585,7 @@ class FollowedFile:
         What was read is what followed the offset if the bytes before that are the same afterwards.
         """
         one = self.files[index]
-        modified = os.fstat(one.file).st_mtime_ns
+        modified = one.state.modified if one.final else os.fstat(one.file).st_mtime_ns
         got = one.read(self._parser)
         if got and got.length:
             if self._syncs and not one.final:
@@ -1403,15 +1613,14 @@ class FollowedFile:
     def _part(self, index: int) -> None:
         """A file is no longer what was read of it. If a copy of that is beside it, that is read to its end first."""
         one = self.files[index]
-        if copy := self._find(one.state, besides=os.fstat(one.file).st_ino):
+        if copy := self._find(one.state, {other.state.inode for other in self.files}):
             copy.state = replace(copy.state, left_at=time.time())
-            self.files[index : index + 1] = [
-                copy,
-                OpenFile(one.file, FileState(os.fstat(one.file).st_ino, one.state.path)),
-            ]
+            status = os.fstat(one.file)
+            fresh = FileState(status.st_ino, one.state.path, modified=status.st_mtime_ns)
+            self.files[index : index + 1] = [copy, OpenFile(one.file, fresh)]
             log.warning("%s was truncated after it had been copied; reading on in the copy", self.path)
         else:
-            state = parted(one.file, one.state, self._journal, self._pattern)
+            state = parted(one.file, one.state, self._journal, self._parser)
             self.files[index] = OpenFile(one.file, state, one.final)
             self._say_parted(one.state, state)
         self._keep()
@@ -1421,56 +1630,101 @@ class FollowedFile:
             log.warning("%s is not what was read of it beyond byte %d of %d; reading on there",
                         self.path, after.offset, before.offset)  # fmt: skip
         else:
-            log.warning("%s was truncated or replaced; reading it from its beginning", self.path)
+            log.warning("%s was truncated or replaced: reading it from its beginning; %d bytes of what was there were"
+                        " read; if there were more, these are lost", self.path, before.offset)  # fmt: skip
 
     def _keep(self) -> None:
         self._journal.keep_files_of(self.path, [one.state for one in self.files])
 
     # -- which files there are
 
-    def _open(self) -> None:
-        """Those that were followed last, under whatever name, else the one at the path."""
+    def open(self) -> None:
+        """Those that were followed last, under whatever name, else the one at the path. Raises OSError, DiskFailure."""
         known = self._journal.sources.get(self.path, ())
-        found = [self._find(state) for state in known]
-        files = [one for one in found if one]
+        found: list[OpenFile | None] = [None] * len(known)
+        for by_inode in (True, False):  # first, so that none takes another one's file for a copy of its own
+            for n, state in enumerate(known):
+                taken = {one.state.inode for one in found if one}
+                found[n] = found[n] or self._find(state, taken, by_inode)
+        files, between = [one for one in found if one], []
         try:
-            if known and not found[-1]:
-                files += self._changed(known[-1])
-            elif not known:
+            if not known:
                 files = [self._open_at_path()]
+            elif not found[-1]:
+                files.append(self._changed(known[-1]))
+            if since := missed_since(known, found, files[-1].state):
+                members = self._members_since(since, files, until=self._modified(files[-1]))
+                files[-1:-1] = between = self._opened(members, files)
         except OSError:
             for one in files:
-                os.close(one.file)
+                one.close()
             raise
+        for state, is_there in zip(known, found, strict=True):
+            if is_there or (between and not state.offset):
+                continue
+            newest = files[-1].state
+            if state is known[-1] and (newest.offset or newest.inode == state.inode):
+                self._say_parted(state, newest)
+            else:
+                self._say_gone(state)
         self.files = files
         self._keep()
 
     def _open_at_path(self) -> OpenFile:
         file = open_regular(self.path)
+        try:
+            return OpenFile(file, self._state_of(file, os.path.realpath(self.path)))
+        except OSError:
+            os.close(file)
+            raise
+
+    def _state_of(self, file: int, path: str) -> FileState:
+        """Of one that nobody looks at. It may have been read before: a link was switched back, or it was touched."""
         status = os.fstat(file)
-        return OpenFile(file, FileState(status.st_ino, os.path.realpath(self.path), modified=status.st_mtime_ns))
+        fresh = FileState(status.st_ino, path, modified=status.st_mtime_ns)
+        for one in reversed(self._journal.finished.get(self.path, ())):
+            if one.inode == status.st_ino and crc_of(file, 0, one.size) == one.crc:
+                return replace(fresh, offset=one.size, base=one.size)
+        return fresh
 
-    def _changed(self, state: FileState) -> list[OpenFile]:
-        """The newest file is not there as it was: what is at the path goes on from where they part."""
+    def _modified(self, newest: OpenFile) -> float:
+        """What is newer than this file follows it, if it was renamed; nothing does if it is still in its place."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(newest.file)):
+                return float("inf")
+        return newest.state.modified if newest.final else os.fstat(newest.file).st_mtime_ns
+
+    def _changed(self, state: FileState) -> OpenFile:
+        """The newest file is not there as it was: what is at the path goes on from where they part. Raises OSError."""
         at_path = self._open_at_path()
-        parting = parted(at_path.file, state, self._journal, self._pattern)
-        self._say_parted(state, parting)
+        parting = parted(at_path.file, state, self._journal, self._parser)
         if parting.offset:
-            return [OpenFile(at_path.file, replace(parting, path=at_path.state.path))]
-        between = self._newer_than(state, {at_path.state.inode}) if state.modified else []
-        return [*between, at_path]
+            at_path.state = replace(parting, path=at_path.state.path)
+        return at_path
 
-    def _find(self, state: FileState, besides: int = 0) -> OpenFile | None:
+    def _say_gone(self, state: FileState) -> None:
+        begun = sum(length for _, _, length in state.begun)
+        log.warning(
+            "%s: the file that was at %s is gone; %d bytes of it were read; if there were more, these are lost%s",
+            self.path,
+            state.path or self.path,
+            state.offset,
+            f", and so are {begun} of them, of a line that had not ended" if begun else "",
+        )
+
+    def _find(self, state: FileState, taken: set[int], by_inode: bool = False) -> OpenFile | None:
         """The file of that state, by its inode or, copied or compressed, by its content alone."""
+        head = state.head.encode("latin-1")
+        is_packed = state.path.endswith(COMPRESSED)
         for _ in range(2):  # a rename may hide it from one look
             for path, inode in self._candidates(state):
-                if inode == besides or (not state.offset and inode != state.inode):
-                    continue
-                if inode != state.inode and not state.head and not state.head_crc:
+                same = inode == state.inode and path.endswith(COMPRESSED) == is_packed  # numbers are used again
+                by_content = not by_inode and state.offset and (state.head or state.head_crc)
+                if inode in taken or not (same or by_content):
                     continue
                 try:
-                    file, final = open_member(path)
-                except (OSError, EOFError, zlib.error):  # gone again, or not readable: then it is not found
+                    file, final = open_member(path, head)
+                except (OSError, EOFError, zlib.error, ValueError):  # gone again, or not readable: it is not found
                     continue
                 if is_same(file, state):
                     return OpenFile(file, replace(state, inode=inode, path=path), final)
@@ -1478,29 +1732,36 @@ class FollowedFile:
         return None
 
     def _candidates(self, state: FileState) -> list[tuple[str, int]]:
-        """Paths and inodes: any file of that inode first, then what may be a copy."""
-        found = []
-        for folder in self._folders(state):
-            for entry in os.scandir(folder):
-                with suppress(FileNotFoundError):
-                    inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
-                    copied = modified >= state.modified and self._is_member(entry.name, state)
-                    copied |= entry.path == os.path.realpath(self.path)
-                    ours = self._journal.owns(entry.path)  # plain lines are the same there
-                    if entry.is_file() and not ours and (inode == state.inode or copied):
-                        found.append((inode != state.inode, entry.path, inode))
-        return [(path, inode) for _, path, inode in sorted(found)]
+        """Paths and inodes: any file of that inode first; then what may be a copy, the oldest first.
 
-    def _is_member(self, name: str, *states: FileState) -> bool:
-        bases = {
-            os.path.basename(path)
-            for path in (self.path, os.path.realpath(self.path), *(s.path for s in states))
-            if path
-        }
-        return any(is_rotated(name, base) for base in bases)
+        A copy is newer than what was read, by the time stamp that it may have kept, to the second. What has compressed
+        it may have left any: those come last.
+        """
+        found = []
+        for entry in self._entries(state):
+            with suppress(FileNotFoundError):
+                inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
+                older = modified < state.modified // SECOND * SECOND
+                copied = self._is_member(entry.path, state) and (not older or entry.name.endswith(".gz"))
+                copied |= entry.path == os.path.realpath(self.path)
+                ours = self._journal.owns(entry.path)  # plain lines are the same there
+                if entry.is_file() and not ours and (inode == state.inode or copied):
+                    found.append((inode != state.inode, older, modified, entry.path, inode))
+        return [(path, inode) for *_, path, inode in sorted(found)]
+
+    def _entries(self, state: FileState) -> list[os.DirEntry[str]]:
+        """Where its files may be: beside the target of a link, of today's and of that time's."""
+        paths = (state.path or self.path, os.path.realpath(self.path), self.path)
+        folders = dict.fromkeys(os.path.realpath(os.path.dirname(path) or ".") for path in paths)
+        return [entry for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)]
+
+    def _is_member(self, path: str, *states: FileState) -> bool:
+        names = {os.path.basename(one) for one in (self.path, os.path.realpath(self.path), *(s.path for s in states))}
+        folder = os.path.dirname(path)
+        return any(is_rotated(path, os.path.join(folder, name)) for name in names if name)
 
     def _look_for_newer(self) -> None:
-        """Another file is at the path: it, and those that were there between, follow the newest one."""
+        """Another file is at the path: it, and those that were there between, follow the newest one. Raises OSError."""
         newest = self.files[-1]
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(newest.file)):
@@ -1509,50 +1770,71 @@ class FollowedFile:
         except FileNotFoundError:  # renamed, and the new one is not there yet
             return
         modified = newest.state.modified or os.fstat(newest.file).st_mtime_ns
-        known = {at_path.state.inode, *(one.state.inode for one in self.files)}
-        between = self._newer_than(replace(newest.state, modified=modified), known)
+        try:
+            members = self._members_since(replace(newest.state, modified=modified), [*self.files, at_path])
+            between = self._opened(members, [*self.files, at_path])
+        except OSError:
+            at_path.close()
+            raise
+        at_path.replaces = newest.is_deleted and not members  # else it may have been compressed
+        status = os.fstat(at_path.file)
+        if back := [one for one in self.files if os.path.samestat(os.fstat(one.file), status)]:
+            at_path.close()  # renamed, or linked, to there again
+            at_path = back[0]
+            at_path.state, at_path.quiet_since = replace(at_path.state, left_at=0.0), float("inf")
+            self.files.remove(at_path)
         now = time.time()
         for one in (newest, *between):
             one.state = replace(one.state, left_at=now)
         self.files += [*between, at_path]
-        self._keep()
+        self._forget_old()
 
-    def _newer_than(self, state: FileState, known: set[int]) -> list[OpenFile]:
-        """Files of the rotation that were never the newest when we looked, in their order."""
-        found = []
+    def _members_since(
+        self, state: FileState, known: Sequence[OpenFile], until: float = float("inf")
+    ) -> list[tuple[int, str, int]]:
+        """Time stamps, paths and inodes of the rotation's files that are newer than this one, and not known."""
+        found, inodes = [], {one.state.inode for one in known}
         since = state.modified + (not state.offset)  # time stamps are coarse: one that was never read is newer than all
-        for folder in self._folders(state):
-            for entry in os.scandir(folder):
-                with suppress(FileNotFoundError):
-                    status = entry.stat()
-                    newer = status.st_mtime_ns >= since and status.st_ino not in known
-                    if entry.is_file() and newer and self._is_member(entry.name, state):
-                        found.append((status.st_mtime_ns, entry.path, status.st_ino))
-        opened = (self._open_between(path, inode) for _, path, inode in sorted(found))
+        for entry in self._entries(state):
+            with suppress(FileNotFoundError):
+                status = entry.stat()
+                packed = entry.name.endswith(COMPRESSED)
+                newer = (since // SECOND * SECOND if packed else since) <= status.st_mtime_ns <= until
+                unknown = status.st_ino not in inodes
+                if newer and unknown and entry.is_file() and self._is_member(entry.path, state):
+                    found.append((status.st_mtime_ns, entry.path, status.st_ino))
+        return sorted(found)
+
+    def _opened(self, members: Sequence[tuple[int, str, int]], known: Sequence[OpenFile]) -> list[OpenFile]:
+        """Those that were never the newest when we looked, and were not read either, in their order. Raises OSError."""
+        read = [(one.size, one.crc) for one in self._journal.finished.get(self.path, ())]
+        for one in known if any(path.endswith(".gz") for _, path, _ in members) else ():
+            if one.is_deleted:
+                size = os.fstat(one.file).st_size
+                read.append((size, crc_of(one.file, 0, size) or 0))
+        opened = (self._open_between(*one, read) for one in members)
         return [one for one in opened if one]
 
-    def _folders(self, state: FileState) -> list[str]:
-        """Where its files may be: beside the target of a link, of today's and of that time's."""
-        paths = (state.path or self.path, os.path.realpath(self.path), self.path)
-        folders = dict.fromkeys(os.path.realpath(os.path.dirname(path) or ".") for path in paths)
-        return [folder for folder in folders if os.path.isdir(folder)]
-
-    def _open_between(self, path: str, inode: int) -> OpenFile | None:
+    def _open_between(self, modified: int, path: str, inode: int, read: list[tuple[int, int]]) -> OpenFile | None:
+        """`read` has size and checksum of files that are known: each may have become one compressed one since then."""
         plain = path.removesuffix(next(filter(path.endswith, COMPRESSED), ""))
         if plain != path and os.path.exists(plain):
             return None
-        if not path.endswith(COMPRESSED[1:]):
-            try:
-                file, final = open_member(path)
-            except (OSError, EOFError, zlib.error) as error:
-                self._tell_unreadable(path, str(error))
-                return None
-            if not any(one.state.offset and is_same(file, one.state) for one in self.files):
-                return OpenFile(file, FileState(inode, path), final)
-            os.close(file)  # a copy of one that is read already
+        if path.endswith(COMPRESSED[1:]):
+            self._tell_unreadable(path, "it is compressed")
             return None
-        self._tell_unreadable(path, "it is compressed")
-        return None
+        try:
+            file, final = open_member(path)
+        except (OSError, EOFError, zlib.error) as error:
+            self._tell_unreadable(path, str(error))
+            return None
+        size = os.fstat(file).st_size
+        if final and size in dict(read) and (one := (size, crc_of(file, 0, size) or 0)) in read:
+            read.remove(one)
+            os.close(file)
+            return None
+        state = FileState(inode, path, modified=modified) if final else self._state_of(file, path)
+        return OpenFile(file, state, final)
 
     def _tell_unreadable(self, path: str, why: str) -> None:
         if path not in self._told:
@@ -1561,11 +1843,37 @@ class FollowedFile:
                       self.path, os.path.getsize(path), path, why)  # fmt: skip
 
     def _forget_old(self) -> None:
-        """A renamed file is closed after an hour; also at once if the clock was set back, as it has been quiet."""
-        oldest = self.files[0]
-        if len(self.files) > 1 and not 0 <= time.time() - oldest.state.left_at <= WATCHED_SECONDS:
-            os.close(self.files.pop(0).file)
-            self._keep()
+        """A renamed file is closed after an hour; also at once if the clock was set back, as it has been quiet.
+
+        Sooner if it is a decompressed copy, or if there are many: each takes a descriptor, and a deleted one its space.
+        """
+        now, quiet_since = time.time(), time.monotonic() - UNTERMINATED_SECONDS
+        many = len(self.files) - 1 - WATCHED_FILES
+
+        def stays(n: int, one: OpenFile) -> bool:
+            if one.quiet_since == float("inf") or one.state.begun:
+                return True
+            watched = 0 <= now - one.state.left_at <= WATCHED_SECONDS
+            return watched and not one.final and (n >= many or one.quiet_since > quiet_since)
+
+        stay = [one for n, one in enumerate(self.files[:-1]) if stays(n, one)]
+        for one in self.files[:-1]:
+            if one not in stay:
+                one.close()
+        self.files[:-1] = stay
+        self._keep()
+
+    def is_gone(self) -> bool:
+        """For an hour there has been nothing at its path, and what was there is deleted and has been quiet."""
+        if not self.files or os.path.exists(self.path) or not all(one.is_deleted or one.final for one in self.files):
+            self._gone_since = float("inf")
+            return False
+        self._gone_since = min(self._gone_since, time.monotonic())
+        return time.monotonic() - self._gone_since > WATCHED_SECONDS
+
+    def close(self) -> None:
+        for one in self.files:
+            one.close()
 
 
 class Sources:
@@ -1576,7 +1884,8 @@ class Sources:
         self._settings = settings
         self._journal = journal
         self._followed: dict[str, FollowedFile] = {}
-        self._claims: list[socket.socket] = []
+        self._claims: dict[str, socket.socket] = {}
+        self._told: set[str] = set()  # patterns that match nothing, and journals of other clients
         self._looked_at = float("-inf")
         for path in settings.sources:
             if self._journal.owns(path):
@@ -1584,47 +1893,97 @@ class Sources:
         self.look()
 
     def look(self) -> None:
-        """Follows files that have come. Raises BlockingIOError."""
+        """Follows files that have come, and leaves those that are gone. Raises OSError, DiskFailure.
+
+        BlockingIOError if another client follows one. access.log.1 is a part of access.log, also where both are named,
+        or where there was no access.log yet: what was followed under the one name belongs to the other one.
+        """
         if time.monotonic() < self._looked_at + GLOB_SECONDS:
             return
         self._looked_at = time.monotonic()
-        for source in self._settings.sources:
-            for path in self._matching(source):
-                if path not in self._followed and not self._journal.owns(path) and not self._is_followed(path):
-                    self._claims.append(claimed(path))
-                    self._adopt_old_state(path)
-                    self._followed[path] = FollowedFile(path, self._journal, self._settings.source_pattern)
+        paths = {path for source in self._settings.sources for path in self._matching(source)}
+        numbered = {path: [base for base in bases_of(path) if base in paths] for path in sorted(paths)}
+        new = sorted(paths.difference(self._followed), key=lambda path: (not numbered[path], path))  # .1 first
+        followed_now = {os.path.realpath(path) for path in self._followed} if new else set()
+        for path in new:
+            real, known = os.path.realpath(path), self._journal.sources
+            is_read = path not in known and any(base in known for base in numbered[path])
+            if not (real in followed_now or is_read or self._journal.owns(path)):  # a link and its target are one
+                self._follow(path)
+                followed_now.add(real)
+        for path, followed in list(self._followed.items()):
+            if path not in self._settings.sources and followed.is_gone():
+                self._journal.forget(path)
+                self._leave(path)
 
-    def _is_followed(self, path: str) -> bool:
-        """Under another name: a link and its target would be read twice."""
-        return os.path.realpath(path) in map(os.path.realpath, self._followed)
+    def _follow(self, path: str) -> None:
+        """Raises OSError, DiskFailure."""
+        if path not in self._claims:
+            self._claims[path] = claimed(path)
+        self._adopt_old_state(path)
+        parts = [part for part in self._followed if path in bases_of(part)]
+        if parts and path not in self._journal.sources:
+            for part in parts:
+                if not self._followed[part].files:
+                    with suppress(FileNotFoundError):
+                        self._followed[part].open()
+            read = [part for part in parts if part in self._journal.sources]
+            self._journal.adopt(sorted(read, key=lambda part: self._journal.sources[part][-1].modified), path)
+            for part in parts:
+                self._leave(part)
+        self._followed[path] = FollowedFile(path, self._journal, self._settings.source_pattern)
+
+    def _leave(self, path: str) -> None:
+        self._followed.pop(path).close()
+        self._claims.pop(path).close()
 
     def _matching(self, source: str) -> list[str]:
         """Without what a rotation made of another one of them: that is read as part of that one."""
         if not glob.has_magic(source):
             return [source]
         paths = [path for path in sorted(glob.glob(source)) if os.path.isfile(path) and not path.endswith(COMPRESSED)]
+        if not paths and source not in self._told:
+            self._told.add(source)
+            log.warning("SOURCE %s matches no file; waiting", source)
         known = {*self._followed, *self._journal.sources}
-        open_inodes = {one.state.inode for followed in self._followed.values() for one in followed.files}
-        return [path for path in paths if path in known or not self._is_part(path, {*paths, *known}, open_inodes)]
+        status = [os.fstat(one.file) for followed in self._followed.values() for one in followed.files]
+        here, opened = {*paths, *known}, {(one.st_dev, one.st_ino) for one in status}
+        return [
+            path for path in paths if path in known or not (self._is_part(path, here, opened) or self._is_journal(path))
+        ]
 
-    def _is_part(self, path: str, paths: set[str], open_inodes: set[int]) -> bool:
+    def _is_part(self, path: str, paths: set[str], opened: set[tuple[int, int]]) -> bool:
         """A rotation made it: it is open already, or has such a name, or one with a date and is older than a source."""
-        folder, name = os.path.split(path)
-        status = os.stat(path)
-        bases = {base for other in paths if (base := os.path.basename(other)) and os.path.dirname(other) == folder}
-        if status.st_ino in open_inodes or any(is_rotated(name, base, dated=False) for base in bases):
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:  # renamed, or deleted, since it was seen
             return True
-        older = (os.path.join(folder, base) for base in bases if is_rotated(name, base))
-        states = (state for base in older for state in self._journal.sources.get(base, ()))
-        return any(status.st_mtime_ns < state.modified for state in states)
+        if (status.st_dev, status.st_ino) in opened or any(base in paths for base in bases_of(path)):
+            return True
+        for base in self._journal.sources if DATED.search(path) else ():
+            if is_rotated(path, base):
+                states, finished = self._journal.sources[base], self._journal.finished.get(base, ())
+                inodes = {*(one.inode for one in states), *(one.inode for one in finished)}
+                if status.st_ino in inodes or status.st_mtime_ns <= modified_at(base, states):
+                    return True
+        return False
+
+    def _is_journal(self, path: str) -> bool:
+        """Another client's, or beside it: lines would be stored twice."""
+        journal = without_companion(path)
+        if not os.path.exists(f"{journal}.journal") or self._journal.owns(path):
+            return False
+        if journal not in self._told:
+            self._told.add(journal)
+            log.warning("SOURCE: %s is the journal of another client; not following it", journal)
+        return True
 
     def _adopt_old_state(self, path: str) -> None:
         """The version before this one did not say of which source its state is: of the only one, or by inode."""
         states = self._journal.sources.get("", ())
         only = len(self._settings.sources) == 1 and not glob.has_magic(path)
         if states and path not in self._journal.sources and (only or inode_of(path) == states[-1].inode):
-            self._journal.adopt(path)
+            self._journal.adopt([""], path)
 
     def step(self) -> bool:
         """A chunk of each; False if there is nothing new. One that cannot be read does not hold up the others."""
@@ -1638,6 +1997,13 @@ class Sources:
                     log.warning("SOURCE %s: %s; waiting", followed.path, error)
                 followed.said = str(error)
         return moved
+
+
+def modified_at(path: str, states: Sequence[FileState]) -> int:
+    """When a source was last written to, as far as that is known."""
+    with suppress(OSError):
+        return os.stat(path).st_mtime_ns
+    return max((state.modified for state in states), default=0)
 
 
 def inode_of(path: str) -> int:
@@ -1670,11 +2036,17 @@ def claimed(path: str) -> socket.socket:
 
 def follow(sources: Sources, journal: Journal, stop: threading.Event) -> None:
     """Moves the lines of all sources into the journal until `stop`. A file that is not there yet is waited for."""
+    said = ""
     while not stop.is_set():
         try:
             sources.look()
+            said = ""
         except BlockingIOError as error:
             raise Spoilt(f"SOURCE {error.filename} is followed by another client") from error
+        except OSError as error:  # of a folder that cannot be read, or a full disk
+            if said != str(error):
+                log.warning("SOURCE: %s; waiting", error)
+            said = str(error)
         if journal.rests() or not sources.step():
             stop.wait(POLL_SECONDS)
 
@@ -1707,15 +2079,19 @@ class Cutter:
 
 def read_stdin(journal: Journal, pattern: str, stop: threading.Event) -> None:
     """Moves the lines of standard input into the journal until its end, or until `stop`."""
-    cutter, parser, ended = Cutter(), Parser("standard input", pattern), False
+    cutter, parser, pieces, ended = Cutter(), Parser("standard input", pattern), Pieces(), False
     while not ended and not stop.is_set():
         if journal.rests():
             stop.wait(POLL_SECONDS)
         elif select.select([0], [], [], POLL_SECONDS)[0]:
-            data = os.read(0, CHUNK_BYTES)
+            try:
+                data = os.read(0, CHUNK_BYTES)
+            except OSError as error:
+                raise Spoilt(f"standard input cannot be read: {error}") from error
             ended = not data
-            notes, lines = cutter.feed(data, ended)
-            patiently(stop, f"cannot write to {journal.path}", journal.append, [*notes, *parser.lines(lines)])
+            notes, whole = cutter.feed(data, ended)
+            lines = [*notes, *parser.lines(whole, pieces), *(pieces.given_up() if ended else ())]
+            patiently(stop, f"cannot write to {journal.path}", journal.append, lines)
 
 
 def generate(delay_milliseconds: int, journal: Journal, courier: Courier, stop: threading.Event) -> None:
@@ -1941,6 +2317,8 @@ class Courier:
         items = [f'{{"id":"{name}","log":{quoted(line.decode(errors="surrogateescape"))}}}' for name, line in lines]
         body = f"[{','.join(items)}]"
         self._deadline = time.monotonic() + ANSWER_SECONDS
+        if self._speaks_unasked():
+            self._connection.close()
         try:
             self._connection.request("POST", self._path, body, self._headers)
             self._socket = self._connection.sock  # which the connection forgets if the answer ends with it
@@ -1960,6 +2338,17 @@ class Courier:
         kind = response.headers.get_content_type()
         return read_answer(Answer(response.status, kind, text, response.headers.get("Location", "")), len(lines))
 
+    def _speaks_unasked(self) -> bool:
+        """Something is to be read before anything was asked: it was closed, or this is an answer to nothing.
+
+        What a proxy sends twice, or behind the end of an answer, must not be taken for the answer to the next lines.
+        """
+        if self._connection.sock is None:
+            return False
+        poll = select.poll()  # select takes no descriptors from 1024 on
+        poll.register(self._connection.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
     def look_at_the_time(self) -> None:
         """An answer that takes too long, a byte at a time perhaps, is cut off: whoever reads it gets an error."""
         if time.monotonic() > self._deadline and self._socket is not None:
@@ -1970,11 +2359,11 @@ class Courier:
 
 def wish_of(retry_after: str) -> float:
     """Seconds to wait, from a Retry-After in either form (RFC 9110, 10.2.3); 0 for anything else."""
-    if re.fullmatch("[0-9]{1,9}", retry_after):
+    if re.fullmatch("[0-9]+", retry_after):
         return min(MAX_WISH_SECONDS, float(retry_after))
     try:
         return min(MAX_WISH_SECONDS, max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()))
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, LookupError):
         return 0.0
 
 
@@ -1988,12 +2377,20 @@ def read_answer(answer: Answer, count: int) -> list[dict[str, Any]]:
         refused = refused_lines(answer, count)
     except (ValueError, LookupError, TypeError, RecursionError):
         refused = None
-    if refused is not None and all(isinstance(one, dict) and one.get("index") in range(count) for one in refused):
+    if refused is not None and is_complete(refused, count):
         return refused
     text = " ".join(answer.body[:300].decode(errors="replace").split())
     where = f" to {answer.location[:300]!r}" if answer.location else ""
     lasting = 400 <= answer.status < 500 and answer.status not in (401, 404, 405, 407, 408, 421, 425, 429)
     raise NotDelivered(str(answer.status), f"answer {answer.status}{where}: {text}", lasting)
+
+
+def is_complete(refused: Sequence[Any], count: int) -> bool:
+    """Each is about a line of its own, and says why."""
+    if not all(isinstance(one, dict) and isinstance(one.get("reason"), str) for one in refused):
+        return False
+    places = [one.get("index") for one in refused]
+    return all(isinstance(place, int) and place in range(count) for place in places) and len(set(places)) == len(places)
 
 
 def refused_lines(answer: Answer, count: int) -> list[dict[str, Any]] | None:

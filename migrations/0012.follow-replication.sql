@@ -1,4 +1,4 @@
--- depends: 0010.create-retention
+-- depends: 0011.create-stats
 -- Synchronous replication and failover: which server answers, and what is known to be on its standby.
 
 -- As in 0010, and where there are synchronous standbys the return of the commit without a warning means that they have

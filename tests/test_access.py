@@ -22,6 +22,8 @@ from harness import Backend, Postgres, Service, driver
 from raw_http import Answer, connect, exchange, read_answers, read_to_end, request, split_answers
 from waiting import wait_until
 
+from backend import read_origins, read_settings
+
 SECONDS = 60
 PROMPT_SECONDS = 5  # an answer that waits for nothing, on a busy machine
 TOKEN = "s3cret"
@@ -251,6 +253,25 @@ def test_an_answer_says_that_it_depends_on_the_origin(guarded: Backend, open_bac
 def test_any_origin_is_served_where_the_settings_say_so(start_backend: Callable[..., Backend]) -> None:
     backend = start_backend(BACKEND_CORS_ORIGINS="*")
     assert ask(backend, "POST", "/api/data", "Origin: https://any.example").status == 201
+
+
+@pytest.mark.parametrize(
+    ("setting", "origin"),
+    [
+        ("https://Page.Example", "https://page.example"),
+        ("https://page.example:443", "https://page.example"),
+        ("http://x.example, http://page.example:80", "http://page.example"),
+        ("HTTPS://[2001:DB8::1]:8443", "https://[2001:db8::1]:8443"),
+    ],
+)
+def test_an_origin_may_be_written_as_people_do(setting: str, origin: str) -> None:
+    settings = read_settings({"BACKEND_CORS_ORIGINS": setting})
+    assert origin in read_origins(settings.backend_cors_origins)
+
+
+@pytest.mark.parametrize("setting", ["http://page.example:443", "https://page.example:80", "https://page.example:8443"])
+def test_an_origin_keeps_a_port_that_is_not_the_schemes_own(setting: str) -> None:
+    assert read_origins(setting) == [setting]
 
 
 def test_a_client_without_an_origin_is_no_page_and_is_served(open_backend: Backend) -> None:

@@ -421,6 +421,8 @@ EXPENSIVE: dict[str, tuple[Callable[[], str], str, int]] = {
     "nested lists": (lambda: filled("[[[[]]]],"), "application/json", 400),
     "members": (lambda: filled('"":[],', "{", '"a":0}'), "application/json", 400),
     "a list in a line": (lambda: filled("[],", '[{"log":[', "]}]"), "application/json", 400),
+    "a text without an end": (lambda: '"' + '\\"' * 8_000_000 + "," * 80_001, "application/json", 400),
+    "a backslash at the end": (lambda: "," * 80_001 + '"' + "\\\\" * 8_000_000 + "\\", "application/json", 400),
     "escapes": (lambda: filled("\\u00e9", '[{"log":"', '"}]'), "application/json", 400),
     "line feeds": (lambda: filled("\n", "", ""), "text/plain", 400),
     "short lines": (lambda: filled("a\n", "", ""), "text/plain", 400),
@@ -432,6 +434,12 @@ EXPENSIVE: dict[str, tuple[Callable[[], str], str, int]] = {
         201,
     ),
 }
+
+
+def test_a_text_that_never_ends_is_read_once_however_many_quotes_it_has(backend: Backend) -> None:
+    """Were each of them taken for the start of another text, this would take a minute."""
+    data = post('"' + '\\"' * 80_000 + "," * 80_001, CLOSE)
+    assert [answer.status for answer in exchange(backend.url, data, 10)] == [400]
 
 
 @pytest.mark.slow

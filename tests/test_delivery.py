@@ -657,7 +657,13 @@ def test_the_total_time_of_an_answer_is_a_minute() -> None:
     assert client.ANSWER_SECONDS == 60
 
 
-@pytest.mark.parametrize("value", ["http://user:pw@localhost/", "http://h:0/"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://user:pw@localhost/", "http://h:0/", "http://h:abc/", "http://h:99999/", "http://[::1/", "http:///a",
+        "http://a..b/", f"http://{'a' * 64}/", "http://h/\u00fc", "ftp://h/",
+    ],
+)  # fmt: skip
 def test_an_address_that_cannot_be_used_is_one_line_without_its_password(
     ship: Callable[..., Service], source: Path, value: str
 ) -> None:
@@ -719,10 +725,74 @@ def test_retry_after_as_a_date_is_honoured(ship: Callable[..., Service], fake: F
     assert len(fake.requests) == 2
 
 
+ODD_ANSWERS = {
+    "204": client.Answer(204, JSON, b"", ""),
+    "a page": client.Answer(200, "text/html", b"<h1>Welcome</h1>", ""),
+    "too few": client.Answer(201, JSON, b'{"accepted": 1, "duplicates": 0, "rejected": []}', ""),
+    "a list": client.Answer(201, JSON, b"[]", ""),
+    "nothing": client.Answer(201, JSON, b"", ""),
+    "a cut one": client.Answer(201, JSON, b'{"accepted": 2, "dupl', ""),
+    "of another type": client.Answer(201, "text/plain", b'{"accepted": 2, "duplicates": 0, "rejected": []}', ""),
+    "a status that is none": client.Answer(299, JSON, b'{"accepted": 2, "duplicates": 0, "rejected": []}', ""),
+    "words": client.Answer(201, JSON, b'{"accepted": "2", "duplicates": "", "rejected": []}', ""),
+    "no reason": client.Answer(201, JSON, b'{"accepted": 1, "duplicates": 0, "rejected": [{"index": 0}]}', ""),
+    "no line": client.Answer(
+        201, JSON, b'{"accepted": 1, "duplicates": 0, "rejected": [{"index": 2, "reason": "x"}]}', ""
+    ),
+    "one twice": client.Answer(
+        400, PROBLEM, b'{"rejected": [{"index": 0, "reason": "x"}, {"index": 0, "reason": "x"}]}', ""
+    ),
+    "no object": client.Answer(201, JSON, b'{"accepted": 1, "duplicates": 0, "rejected": ["index"]}', ""),
+    "too deep": client.Answer(201, JSON, b"[" * 200_000, ""),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ANSWERS)
+def test_only_a_whole_answer_about_each_line_ends_its_life(kind: str) -> None:
+    with pytest.raises(client.NotDelivered):
+        client.read_answer(ODD_ANSWERS[kind], 2)
+
+
+def test_an_answer_that_nobody_asked_for_is_no_answer(
+    ship: Callable[..., Service], source: Path, journal: Path
+) -> None:
+    """A proxy answers twice; the second one would do for the next lines, which it has not even seen."""
+    answer = b'{"accepted": 1, "duplicates": 0, "rejected": []}'
+    whole = b"HTTP/1.1 201 Created\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(answer),
+        answer,
+    )
+    lines, again = some_lines(2), threading.Event()
+    seen: list[socket.socket] = []
+
+    def answer_twice(connection: socket.socket) -> None:
+        first = not seen
+        seen.append(connection)
+        connection.sendall(whole)
+        if first:
+            wait_until(lambda: acknowledged(journal) == size_of(journal) > 0, what="the first answer to be read")
+            connection.sendall(whole)
+            again.set()
+        connection.recv(65536)
+
+    server = Drip(answer_twice)
+    append(source, lines[:1])
+    ship(URL=server.url)
+    assert again.wait(20)
+    append(source, lines[1:])
+    wait_until(lambda: len(seen) == 2, what="the second line to be sent on another connection")
+    settled(journal)
+    server.close()
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("7", 7.0), ("99999", 3600.0), ("soon", 0.0), ("", 0.0), ("Mon, 01 Jan 2024 00:00:00 GMT", 0.0)],
-)
+    [
+        ("7", 7.0), ("99999", 3600.0), ("9" * 5000, 3600.0), ("soon", 0.0), ("", 0.0), ("-5", 0.0), ("1e3", 0.0),
+        ("Mon, 01 Jan 2024 00:00:00 GMT", 0.0), ("Mon, 01 Jan 99999 00:00:00 GMT", 0.0),
+        ("Fri, 31 Dec 9999 00:00:00 GMT", 3600.0), ("Mon, 31 Feb 2026 00:00:00 GMT", 0.0), (", ,", 0.0),
+    ],
+)  # fmt: skip
 def test_what_retry_after_may_be(text: str, seconds: float) -> None:
     assert client.wish_of(text) == seconds
     later = datetime.now(UTC) + timedelta(seconds=90)

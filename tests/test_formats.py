@@ -82,6 +82,13 @@ KNOWN = {
     f'<165>1 2026-11-24T18:43:46Z web nginx 12 - - 192.0.2.1 - - {TIME} "GET /a HTTP/1.1" 200 12': (
         "192.0.2.1 GET /a 200"
     ),
+    f'<165>1 2026-11-24T18:43:46Z web nginx - - [a b="\\]c"][d e="f"] 192.0.2.1 - - {TIME} "GET /a HTTP/1.1" 200 1': (
+        "192.0.2.1 GET /a 200"
+    ),
+    '<190>Nov 24 18:43:46 nginx: {"remote_addr":"192.0.2.1","request":"GET /a HTTP/1.1","status":200}': (
+        "192.0.2.1 GET /a 200"
+    ),
+    f'Nov 24 18:43:46 2001:db8::1 - - {TIME} "GET /a HTTP/1.1" 200 12': "2001:db8::1 GET /a 200",
     # JSON of nginx, Caddy and Traefik
     '{"remote_addr": "192.0.2.1", "request": "GET /a b HTTP/1.1", "status": "200"}': "192.0.2.1 GET /a%20b 200",
     '{"remote_addr": "192.0.2.1", "request_method": "GET", "request_uri": "/é", "status": 200}': (
@@ -143,6 +150,10 @@ HOSTILE = [
     b"<1>1 " * 24_000,
     b'{"a":' * 20_000,
     b" " * 120_000 + b"x",
+    b"2026-11-24T18:43:46Z stdout P " * 4_000,
+    b'{"log":"a","stream":"stdout","attrs":' + b"{" * 120_000,
+    b'{"log":"' + b"\\n" * 60_000,
+    b'<1>1 a b c d e [a="' + b"\\]" * 60_000,
     b'1.1.1.1 - - [x] "GET ' + b"/ " * 60_000 + b'" 200',
 ]
 

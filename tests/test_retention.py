@@ -595,7 +595,7 @@ def test_an_exporter_beside_it_loses_nothing(
     assert all(one["created"] < other["created"] for one, other in pairwise(records))
 
 
-def test_an_exporter_that_comes_too_late_is_told(
+def test_an_exporter_that_comes_too_late_says_so_and_ends(
     trimmed: Backend, start: Callable[..., Service], look: Connection, shared: Path
 ) -> None:
     """The file's last record was deleted long ago, and others after it that the file does not have."""
@@ -603,7 +603,11 @@ def test_an_exporter_that_comes_too_late_is_told(
     last = {"id": str(uuid.uuid4()), "created": "2026-01-01T00:00:00.000000Z", "log": log}
     shared.write_text(json.dumps(last, separators=(",", ":")) + "\n")
     exporter = start("background.py", URL=trimmed.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=20)
-    exporter.wait_for_line(f"has deleted what was stored before {text(kept_from(look))}")
+    assert exporter.process.wait(SECONDS) == 1
+    wanted = (
+        f"ERROR.* of {last['created']}, and the database has deleted what was stored before {text(kept_from(look))}"
+    )
+    assert len(re.findall(wanted, exporter.printed)) == 1
     assert count_lines(shared) == 1
 
 

@@ -279,6 +279,27 @@ def test_the_state_files_of_the_version_before_are_read(
     assert journal.read_text().splitlines() == lines + some_lines(5, "more")
 
 
+def test_a_state_without_what_this_version_keeps_besides_is_read(
+    follow: Follow, fake: FakeBackend, source: Path, journal: Path
+) -> None:
+    """The last version knew nothing of lines in pieces, nor of files that it had left."""
+    write(source, some_lines(30))
+    service = follow()
+    assert_stored(fake, some_lines(30))
+    settled(journal)
+    kill(service)
+    state = json.loads(Path(f"{journal}.source").read_text())
+    del state["finished"]
+    for file in state["sources"][str(source)]:
+        del file["begun"]
+        file["marks"] = [mark[:5] for mark in file["marks"]]
+    del state["chunk"]["before"]["begun"]
+    Path(f"{journal}.source").write_text(json.dumps(state))
+    follow()
+    append(source, some_lines(5, "more"))
+    assert_stored(fake, some_lines(30) + some_lines(5, "more"))
+
+
 def test_the_old_state_belongs_to_the_source_that_has_its_file(
     follow: Follow, fake: FakeBackend, source: Path, journal: Path
 ) -> None:
