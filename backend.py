@@ -9,9 +9,9 @@ The way of a line, and the thread that moves it:
     large       Channel.service hands the ticket to GroupCommit, and no thread waits for it
     commit    GroupCommit: one statement and one commit for the tickets of all connections (store_logs_v2)
     loop      Api.on_post, last time: answers from the settled ticket; Channel.handle_write sends it
-It promises: a 2xx answer means that this line is on disk under this id (on the synchronous standby's too, where there is
-one); a line sent again is stored once; a window of records that was closed (all before its `next` link) never changes.
-It does not terminate TLS or limit rates.
+It promises: a 2xx answer means that this line is on disk under this id, also on the synchronous standby's, where there
+is one; a line sent again is stored once; a window of records that was closed (all before its `next` link) never
+changes. It does not terminate TLS or limit rates.
 """
 
 from __future__ import annotations
