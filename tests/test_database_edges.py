@@ -338,7 +338,7 @@ def test_created_far_ahead_of_the_clock_is_said_in_the_log_and_by_readyz(start_b
     with past_the_guard(backend.database_url) as connection:
         connection.execute(PUT_ROW.format("now() + interval '50 seconds'"))
         assert post(backend, new_item()).status_code == 201
-        assert requests.get(f"{backend.url}/readyz", timeout=SECONDS).json() == {"ready": True}
+        assert "warning" not in requests.get(f"{backend.url}/readyz", timeout=SECONDS).json()
         assert "ahead" not in backend.printed
         connection.execute(PUT_ROW.format("now() + interval '1 hour'"))
         assert post(backend, new_item()).status_code == 201
