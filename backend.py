@@ -1695,7 +1695,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as error:  # a target or a length that Python's own functions do not take
             raise waitress.parser.ParsingError("Bad target or Content-Length") from error
-        if "close" in re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower()):
+        if "close" in self.headers.get("CONNECTION", "").lower().replace(",", " ").split():
             self.headers["CONNECTION"] = "close"  # waitress does not look for it in a list
         if unclear := self._what_is_unclear(header_plus):
             return self.refuse(unclear)
