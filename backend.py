@@ -1343,9 +1343,9 @@ def parse_stats(query: Mapping[str, Any]) -> dict[str, Any]:
 def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a window. Raises Unavailable, Gone.
 
-    What is counted ends where /api/data's window ends, below which nothing will ever be added; so the two statements
-    speak of the same records, unless some are deleted in between. If that are records which were asked for by their
-    date, it is told, as Window does.
+    What is counted ends where /api/data's window would, below which nothing will ever be added: so both statements are
+    about the same records, unless retention deletes some in between. Whoever asked for those by date is answered 410, as
+    Window does.
     """
     window_end, oldest, newest, kept_from = read(STATS_WINDOW, asked)
     all_kept = asked["date_from"] <= EPOCH

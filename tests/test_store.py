@@ -498,6 +498,9 @@ def large(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Itera
         connection.execute(FILL, [ROWS])
         connection.execute("VACUUM (ANALYZE) logs")
     backend = Backend(tmp_path_factory.mktemp("large") / "backend.out", url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        counted = b"SELECT counted_to_v1() > max(created) FROM logs"  # it reads rows for that, in the background
+        wait_until(lambda: connection.execute(counted).fetchone() == (True,), SECONDS, "the end of its counting")
     yield backend
     backend.destroy()
 
