@@ -1344,8 +1344,8 @@ def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, 
     """The numbers of a window. Raises Unavailable, Gone.
 
     What is counted ends where /api/data's window would, below which nothing will ever be added: so both statements are
-    about the same records, unless retention deletes some in between. Whoever asked for those by date is answered 410, as
-    Window does.
+    about the same records, unless retention deletes some in between. A request that asked for those by date is answered
+    410, as Window does.
     """
     window_end, oldest, newest, kept_from = read(STATS_WINDOW, asked)
     all_kept = asked["date_from"] <= EPOCH
