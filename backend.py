@@ -2151,8 +2151,8 @@ def read_stats(read: Callable[..., Any], replication: Replication, asked: Mappin
     """The numbers of a window. Raises Unavailable, Gone.
 
     What is counted ends where /api/data's window would, below which nothing will ever be added: so both statements are
-    about the same records, unless retention deletes some in between. Whoever asked for those by date is answered 410,
-    as by Window.
+    about the same records, unless retention deletes some in between. A request that asked for those by date is answered
+    410, as Window does.
     """
     window_end, oldest, newest, kept_from, server = read(STATS_WINDOW, asked)
     window_end = replication.end_of_window(asked["date_from"], window_end, newest, server)
@@ -2566,7 +2566,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             raise waitress.parser.ParsingError("Bad target or Content-Length") from error
         if too_large:
             self.command = self.request_uri = Request.command
-        if "close" in re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower()):
+        if "close" in self.headers.get("CONNECTION", "").lower().replace(",", " ").split():
             self.headers["CONNECTION"] = "close"  # waitress does not look for it in a list
         if unclear := self._what_is_unclear(header_plus):
             return self.refuse(unclear)
