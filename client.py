@@ -1558,7 +1558,8 @@ class Rotation:
                     file, final = open_member(path, head)
                 except (OSError, EOFError, zlib.error, ValueError):  # gone again, or not readable: it is not found
                     continue
-                another = state.left_at and not state.offset and modified != state.modified
+                size = os.fstat(file).st_size
+                another = state.left_at and not state.offset and size and modified != state.modified
                 if is_same(file, state) and not another:  # it was empty: by its time it is read in the right order
                     return OpenFile(file, replace(state, inode=inode, path=path), final)
                 os.close(file)
@@ -1811,9 +1812,11 @@ class FollowedFile:
             if since := missed_since(known, found, files[-1].state):
                 members = self._rotation.members_since(since, files, until=self._modified(files[-1]))
                 files[-1:-1] = between = self._rotation.opened(members, files)
-            if between and known[-1].begun and not known[-1].offset:  # these lines go on in the oldest one
-                between[0].state = replace(between[0].state, begun=known[-1].begun)
-                files[-1].state = replace(files[-1].state, begun=())
+            unread = [state for state, one in zip(known, found, strict=True)
+                      if not state.offset and one in (None, files[-1])]  # fmt: skip
+            if between and (begun := next((state.begun for state in unread if state.begun), ())):
+                files[-1].state = replace(files[-1].state, begun=())  # these lines go on in the oldest one
+                between[0].state = replace(between[0].state, begun=begun)
         except OSError:
             for one in files:
                 one.close()
