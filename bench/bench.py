@@ -366,6 +366,7 @@ def shipping(bench: Bench) -> Iterator[Contest]:
     def theirs() -> float:
         with ExitStack() as stack:
             url = bench.postgres.create_logs()
+            bench.psql(url, "ALTER TABLE logs DISABLE TRIGGER logs_guard")  # which refuses rows of others
             began = time.perf_counter()
             rsyslog_to_postgres(bench, stack, source, url)
             wait_for_count(url, SHIPPED)

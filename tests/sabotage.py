@@ -42,8 +42,7 @@ SABOTAGES = {
     "no-lock": ("background.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     "position-before-write": (
         "background.py",
-        "        size = os.fstat(self._descriptor).st_size\n        try:\n            rest",
-        "        size = os.fstat(self._descriptor).st_size\n"
+        "        try:\n            rest",
         "        here = identity(os.fstat(self._descriptor))\n"
         "        self._write_position(last_record(lines), here, self._first)\n"
         "        try:\n            rest",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,127 @@ def test_what_another_process_stored_is_no_first_try_of_a_session_that_was_lost(
         assert answer.json() == wanted or answer.status_code == wanted
 
 
+# ---- A commit that is less than it should be ------------------------------------------------------------------------
+
+WAITING_FOR_STANDBY = "FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND datname = current_database()"
+
+
+@contextmanager
+def standby_that_never_comes(postgres: Postgres) -> Iterator[None]:
+    """A commit waits for a synchronous standby."""
+    with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+
+        def set_names(change: str, names: str) -> None:
+            connection.execute(f"ALTER SYSTEM {change}".encode())
+            connection.execute("SELECT pg_reload_conf()")
+            wait_until(lambda: connection.execute("SHOW synchronous_standby_names").fetchone() == (names,), SECONDS)
+
+        try:
+            set_names("SET synchronous_standby_names = 'nobody'", "nobody")
+            yield
+        finally:
+            set_names("RESET synchronous_standby_names", "")
+
+
+@pytest.mark.parametrize("level", ["notice", "error"])
+def test_a_line_that_did_not_reach_the_synchronous_standby_is_not_confirmed(
+    postgres: Postgres, start_backend: StartBackend, level: str
+) -> None:
+    """PostgreSQL says so in a warning, also where warnings are switched off."""
+    url = postgres.create_logs()
+    with psycopg.connect(url, autocommit=True) as watcher, ThreadPoolExecutor(1) as pool:
+        watcher.execute(f"ALTER DATABASE {watcher.info.dbname} SET client_min_messages = {level}".encode())
+        backend, item = start_backend(DATABASE_URL=url), new_item()
+        assert post(backend, item).status_code == 201
+
+        def waits() -> bool:
+            return watcher.execute(f"SELECT {WAITING_FOR_STANDBY}".encode()).fetchone() is not None
+
+        with standby_that_never_comes(postgres):
+            for document in (new_item(), item):  # also one that is stored already waits for the standby
+                waiting = pool.submit(post, backend, document)
+                wait_until(waits, SECONDS, "a commit that waits for the standby")
+                watcher.execute(f"SELECT pg_cancel_backend(pid) {WAITING_FOR_STANDBY}".encode())
+                assert waiting.result(SECONDS).status_code == 503
+        assert post(backend, item).status_code == 200
+        assert len(backend.records()) == 2
+
+
+def test_a_line_whose_commit_fails_is_not_confirmed(start_backend: StartBackend) -> None:
+    backend = start_backend()
+    with psycopg.connect(backend.database_url, autocommit=True) as connection:
+        connection.execute(FAIL_AT_COMMIT)
+        item = new_item()
+        assert post(backend, item).status_code == 503
+        connection.execute("DROP TRIGGER too_late ON logs")
+    assert post(backend, item).status_code == 201
+    backend.wait_for_line(r"database \(storing\) failing: too late")
+
+
+FAIL_AT_COMMIT = """
+CREATE FUNCTION too_late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'too late'; END $$;
+CREATE CONSTRAINT TRIGGER too_late AFTER INSERT ON logs DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION too_late();
+"""
+
+
+@pytest.mark.slow
+def test_while_transaction_ids_run_out_lines_are_stored_and_the_log_says_so_once(start_backend: StartBackend) -> None:
+    with new_postgres() as postgres:
+        url = postgres.create_logs()
+        postgres.stop()
+        leave_transaction_ids(postgres, 20_000_000)
+        postgres.start()
+        backend = start_backend(DATABASE_URL=url)
+        for status in (201, 201):
+            assert post(backend, new_item()).status_code == status
+        assert post(backend, [new_item(), new_item()]).json() == {"accepted": 2, "duplicates": 0, "rejected": []}
+        backend.wait_for_line("must be vacuumed within")
+        assert backend.printed.count("must be vacuumed within") == 1
+        assert "storing fails" not in backend.printed
+
+
+def leave_transaction_ids(postgres: Postgres, count: int) -> None:
+    """As many are left until the oldest one would be reused. PostgreSQL stops 3 million before that."""
+    next_id = 2**31 + 3 - count  # 3 is the first one
+    data = Path(postgres.socket_folder)
+    owner = data.stat()
+    status_file = data / "pg_xact" / f"{next_id // (32 * 8192 * 4):04X}"  # of 32 pages, 4 transactions a byte
+    status_file.write_bytes(bytes(32 * 8192))
+    os.chown(status_file, owner.st_uid, owner.st_gid)
+    command = [str(postgres.programs / "pg_resetwal"), "-x", str(next_id), "-f", str(data)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=owner.st_uid, group=owner.st_gid, cwd=data)
+
+
+# ---- The connection -------------------------------------------------------------------------------------------------
+
+
+def test_what_the_connection_string_says_itself_goes_first(postgres: Postgres, start_backend: StartBackend) -> None:
+    own = "connect_timeout=3&keepalives_idle=7&application_name=mine&client_encoding=LATIN1&target_session_attrs=any"
+    url = postgres.create_logs()
+    backend = start_backend(DATABASE_URL=f"{url}&{own}")
+    assert post(backend, new_item("1.2.3.4 GET /\u65e5\u672c 200")).status_code == 201
+    assert [record["log"]["uri"] for record in backend.records()] == ["/\u65e5\u672c"]
+    with psycopg.connect(url) as connection:
+        sessions = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'mine'"
+        ).fetchone()
+    assert sessions == (2,)
+
+
+def test_another_table_of_the_name_in_the_search_path_takes_no_part(
+    postgres: Postgres, start_backend: StartBackend
+) -> None:
+    url = postgres.create_logs()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA others")
+        connection.execute("CREATE TABLE others.logs (id integer)")
+        connection.execute(f"ALTER DATABASE {connection.info.dbname} SET search_path = others, public".encode())
+    backend = start_backend(DATABASE_URL=url)
+    assert post(backend, new_item()).status_code == 201
+    assert len(backend.records()) == 1
+
+
 # ---- A statement that takes too long --------------------------------------------------------------------------------
 
 STORING_SESSIONS = """
@@ -184,7 +306,7 @@ def test_a_statement_that_is_cancelled_is_a_503_and_no_outage(
         assert post(backend, item).status_code == 201
         assert storing_session(watcher) == session
     assert "cancelled" in backend.printed
-    assert "storing fails" not in backend.printed
+    assert "database (storing)" not in backend.printed
 
 
 # ---- `created` at its limits ----------------------------------------------------------------------------------------
@@ -205,10 +327,10 @@ def test_a_row_at_the_end_of_time_makes_no_line_wrong_and_the_log_says_what_to_m
                 assert "Retry-After" in answer.headers
         connection.execute("DELETE FROM logs")
     assert post(backend, new_item()).status_code == 201
-    begun = backend.wait_for_line("storing fails: .*logs_created_range.*")
+    begun = backend.wait_for_line("storing failing: .*logs_created_range.*")
     assert "ORDER BY created DESC" in begun[0]
-    assert backend.printed.count("storing fails") == 1
-    backend.wait_for_line("storing works again")
+    assert backend.printed.count("storing failing") == 1
+    backend.wait_for_line("storing back after")
 
 
 def test_created_far_ahead_of_the_clock_is_said_in_the_log_and_by_readyz(start_backend: StartBackend) -> None:
@@ -222,10 +344,10 @@ def test_created_far_ahead_of_the_clock_is_said_in_the_log_and_by_readyz(start_b
         assert post(backend, new_item()).status_code == 201
         warning = requests.get(f"{backend.url}/readyz", timeout=SECONDS).json()["warning"]
         assert "ahead of the database's clock" in warning
-        backend.wait_for_line(r"`created` is 3,[56]\d\d s ahead of the database's clock")
+        backend.wait_for_line(r"`created` in the future: 3,[56]\d\d s ahead of the database's clock")
         connection.execute("DELETE FROM logs")
     assert post(backend, new_item()).status_code == 201
-    backend.wait_for_line("`created` is near the clock again")
+    backend.wait_for_line("`created` near the clock again after")
 
 
 # ---- A server in recovery -------------------------------------------------------------------------------------------

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fakes import FakeBackend, fake_backend, some_lines
-from harness import ROOT, Service, assert_same, read_records
+from harness import ROOT, Service, assert_same, is_stopped, read_records
 from waiting import wait_until
 
 Start = Callable[..., Service]
@@ -43,7 +45,7 @@ def watch(owner, name, halve=False):
         return real(*arguments, **options)
     setattr(owner, name, step)
 
-for name in ("open", "pread", "fsync", "ftruncate", "replace", "unlink", "close", "stat"):
+for name in ("open", "pread", "fsync", "ftruncate", "link", "replace", "unlink", "close", "stat"):
     watch(os, name)
 watch(os, "write", halve=True)
 watch(fcntl, "flock")
@@ -94,6 +96,59 @@ def test_an_exporter_killed_at_any_step_leaves_what_the_next_one_goes_on_from(
         (tmp_path / "journal").write_text("\n".join(lines) + "\n")
         assert_same(tmp_path / "journal", read_records(shared))
     assert set(died) >= {"open", "flock", "stat", "pread", "write", "fsync", "replace", "unlink", "close", "ftruncate"}
+
+
+STOPPED_IN = ("open", "flock", "stat", "pread", "write", "fsync", "link", "replace", "unlink", "close")
+STOPS = [*((step, "") for step in range(1, 40)), *((nth, name) for nth in (1, 2) for name in STOPPED_IN)]
+
+
+@pytest.mark.slow
+def test_an_exporter_stopped_at_any_step_finds_what_the_others_did(start: Start, tmp_path: Path) -> None:
+    """While it is stopped two others go on, or wait for it if it has the lock; someone removes the lock file and
+    renames the shared file. Then it goes on too, or is killed."""
+    program = tmp_path / "stopped_at_a_step.py"
+    text = PROGRAM.replace("SERVICE", "background").replace("ARGUMENTS", "[]").replace(", halve=True)", ")")
+    program.write_text(text.replace("killed at", "stopped at").replace("SIGKILL", "SIGSTOP"))
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    shared, lock = folder / "data.txt", folder / "data.txt.lock"
+    stopped: list[str] = []
+    parts: list[Path] = []
+    dice = random.Random(17)
+    with fake_backend() as fake:
+        settings = {"URL": fake.data_url, "DIRECTORY": folder}
+        others = [start("background.py", **settings, REQUEST_DELAY=30) for _ in range(2)]
+
+        def is_at_its_step(sleeper: Service) -> bool:
+            add(fake, some_lines(1, tag=f"m{len(fake.stored)}"))
+            if dice.random() < 0.2 and in_file(fake, shared):
+                parts.append(shared.rename(shared.with_name(f"data.txt.{len(parts)}")))
+            return is_stopped(sleeper.pid)
+
+        for number, (step, name) in enumerate(STOPS):
+            sleeper = start(str(program), KILL_AT=step, KILL_IN=name, **settings, REQUEST_DELAY=1)
+            wait_until(lambda: is_at_its_step(sleeper), 60, f"a stop at {step} {name}", poll=0.01)  # noqa: B023
+            stopped += re.findall(r"stopped at (\w+)", sleeper.printed)
+            add(fake, some_lines(5, tag=f"t{number}"))
+            if dice.random() < 0.5:
+                lock.unlink(missing_ok=True)
+            if dice.random() < 0.5 and shared.exists():
+                parts.append(shared.rename(shared.with_name(f"data.txt.{len(parts)}")))
+            known = len(fake.requests)
+            wait_until(lambda: len(fake.requests) > known + 3, 30, "the others' polls")  # noqa: B023
+            sleeper.kill(dice.choice((signal.SIGCONT, signal.SIGKILL)))
+            add(fake, some_lines(5, tag=f"u{number}"))
+            wait_until(lambda: in_file(fake, shared), 30, "the last record")
+            sleeper.kill()
+            sleeper.process.wait(30)
+        assert [other.end() for other in others] == [0, 0]
+        parts = [part for part in parts if part.stat().st_size]
+        assert read_records(*parts, shared) == fake.records()
+    assert set(stopped) >= set(STOPPED_IN)
+
+
+def in_file(fake: FakeBackend, shared: Path) -> bool:
+    return shared.exists() and fake.records()[-1]["id"].encode() in shared.read_bytes()
 
 
 def cut_torn_tail(file: Path) -> None:

@@ -24,6 +24,7 @@ TOKEN = "s3cret"
 AUTHORIZATION = f"Authorization: Bearer {TOKEN}"
 GET = "GET /api/data?limit=1 HTTP/1.1"
 POST = "POST /api/data HTTP/1.1"
+HEALTH = "GET /api/health HTTP/1.1"
 PLAIN = "Content-Type: text/plain"
 CHUNKED = "Transfer-Encoding: chunked"
 LINE = b"192.0.2.1 GET /framing 200\n"
@@ -82,6 +83,9 @@ REFUSED: dict[str, tuple[bytes, *tuple[int, ...]]] = {
     "an empty chunk size": (in_chunks(b"\r\n1b\r\n%b\r\n0\r\n\r\n" % LINE), 400),
     "a trailer with a bare LF": (in_chunks(b"1b\r\n%b\r\n0\r\nX: a\nY: b\r\n\r\n" % LINE), 400),
     "a trailer that is no header": (in_chunks(b"1b\r\n%b\r\n0\r\nno colon\r\n\r\n" % LINE), 400),
+    "a trailer with a NUL": (in_chunks(b"1b\r\n%b\r\n0\r\nX: a\0\r\n\r\n" % LINE), 400),
+    "a chunk of 16 exabytes": (in_chunks(b"ffffffffffffffff\r\n" + LINE), 413),
+    "a chunk size of 8,000 digits": (in_chunks(b"f" * 8000 + b"\r\n" + LINE), 413),
     "128 blanks in a header": (request(GET, AUTHORIZATION, f"X: a{' ' * 128}b"), 400),
     "an extension with a bare LF": (in_chunks(b"1b;\n\r\n%b\r\n0\r\n\r\n" % LINE), 400),
     "no Host": (request(GET, AUTHORIZATION, host=""), 400),
@@ -99,6 +103,9 @@ REFUSED: dict[str, tuple[bytes, *tuple[int, ...]]] = {
     "a header without a name": (request(GET, AUTHORIZATION, ": a"), 400),
     "two spaces in the first line": (request("GET  /api/data HTTP/1.1", AUTHORIZATION), 400),
     "tabs in the first line": (request("GET\t/api/data\tHTTP/1.1", AUTHORIZATION), 400),
+    "a tab in the target": (request("GET /api\t/data HTTP/1.1", AUTHORIZATION), 400),
+    "a NUL in the target": (request("GET /api/data\0 HTTP/1.1", AUTHORIZATION), 400),
+    "a target that is not ASCII": (request("GET /api/data?ip=\xe9 HTTP/1.1", AUTHORIZATION), 400),
     "HTTP/1.2": (request("GET /api/data HTTP/1.2", AUTHORIZATION), 505),
     "HTTP/2.0": (request("GET /api/data HTTP/2.0", AUTHORIZATION), 505),
     "HTTP/0.9": (request("GET /api/data HTTP/0.9", AUTHORIZATION), 505),
@@ -161,6 +168,29 @@ def test_what_follows_an_odd_request_is_answered_on_its_own_terms(guarded: Backe
     assert not re.search("(?i)traceback|exception", guarded.printed[before:])
 
 
+BROKEN_HEADS = {
+    "no Host": b"HEAD /api/health HTTP/1.1\r\n\r\n",
+    "HTTP/1.2": request("HEAD /api/health HTTP/1.2"),
+    "a coding": request("HEAD /api/health HTTP/1.1", "Transfer-Encoding: gzip"),
+}
+
+
+@pytest.mark.parametrize("shape", BROKEN_HEADS)
+def test_the_refusal_of_a_head_has_no_body_either(guarded: Backend, shape: str) -> None:
+    with connect(guarded.url, seconds=PROMPT_SECONDS) as connection:
+        connection.sendall(BROKEN_HEADS[shape])
+        head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
+    assert head.split()[1] in (b"400", b"501", b"505")
+    assert body == b""
+
+
+@pytest.mark.parametrize("value", ["close", "TE, close", "close, TE", "keep-alive,\tClose"])
+def test_a_connection_that_is_to_be_closed_is_closed_after_the_answer(guarded: Backend, value: str) -> None:
+    data = request(HEALTH, f"Connection: {value}", "TE: trailers") + FOLLOWING
+    [answer] = exchange(guarded.url, data, PROMPT_SECONDS)
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
 def without_lengths(received: bytes) -> bytes:
     """The answer to a HEAD has a length, and no body: only its status counts here."""
     head, _, rest = received.partition(b"\r\n\r\n")
@@ -181,7 +211,6 @@ def stored_records(backend: Backend) -> int:
 # ---- Expect ---------------------------------------------------------------------------------------------------------
 
 EXPECT = "Expect: 100-continue"
-HEALTH = "GET /api/health HTTP/1.1"
 
 
 @pytest.mark.parametrize("line", [GET, HEALTH, "GET /nothing HTTP/1.1", POST, "DELETE /api/data HTTP/1.1"])

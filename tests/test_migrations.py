@@ -171,6 +171,7 @@ BLOCKS = [
     "CREATE FUNCTION window_end_v1(timestamptz, timestamptz) RETURNS int LANGUAGE sql AS 'SELECT 1'",
     "LOCK TABLE logs IN ROW EXCLUSIVE MODE",  # DROP INDEX CONCURRENTLY waits for its end half-way
     "CREATE FUNCTION kept_from_v1() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    "CREATE FUNCTION stats_window_v1(timestamptz, timestamptz) RETURNS int LANGUAGE sql AS 'SELECT 1'",
 ]
 
 
@@ -261,8 +262,10 @@ def test_writers_go_on_while_a_migration_waits_for_a_long_reader(
     older: Callable[[int], str], catalog: list[tuple[Any, ...]]
 ) -> None:
     url = older(LIMITING_CREATED)
-    patient = "-c statement_timeout=10s"
-    with psycopg.connect(url) as backup, psycopg.connect(url, autocommit=True, options=patient) as writer:
+    for limit in ("statement_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"):
+        query(url, f"ALTER DATABASE {url.split('/')[3].split('?')[0]} SET {limit} = '500ms'")  # not for a migration
+    own = "-c statement_timeout=10s -c idle_session_timeout=0 -c idle_in_transaction_session_timeout=0"
+    with psycopg.connect(url, options=own) as backup, psycopg.connect(url, autocommit=True, options=own) as writer:
         backup.execute("LOCK TABLE logs IN ACCESS SHARE MODE")
         process = begin("migrate", url)
         for _ in range(3):
@@ -332,6 +335,48 @@ def test_a_database_that_does_not_exist_is_one_clear_line(postgres: Postgres) ->
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert "no_such_database" in line
+
+
+def test_a_database_that_lacks_characters_is_refused_in_one_line(
+    postgres: Postgres, start_backend: Callable[..., Backend]
+) -> None:
+    url = database_of_encoding(postgres, "LATIN1")
+    done = backend_command("migrate", url, check=False)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert "LATIN1" in line
+    assert "ENCODING 'UTF8'" in line
+    backend = start_backend(DATABASE_URL=url)
+    assert requests.post(backend.data_url, json={"log": "::1 GET /a 200"}, timeout=SECONDS).status_code == 503
+    backend.wait_for_line(r"database \(storing\) failing: .*LATIN1.*ENCODING 'UTF8'")
+
+
+def test_a_database_without_an_encoding_keeps_every_character(
+    postgres: Postgres, start_backend: Callable[..., Backend]
+) -> None:
+    url = database_of_encoding(postgres, "SQL_ASCII")
+    migrate(url)
+    backend = start_backend(DATABASE_URL=url)
+    line = {"id": str(uuid.uuid4()), "log": "::1 GET /\u65e5\u672c/\U0001f600 200"}
+    for status in (201, 200):
+        assert requests.post(backend.data_url, json=line, timeout=SECONDS).status_code == status
+    assert [record["log"]["uri"] for record in backend.records()] == ["/\u65e5\u672c/\U0001f600"]
+
+
+def database_of_encoding(postgres: Postgres, encoding: str) -> str:
+    """The URL of a new, empty database."""
+    name = f"in_{encoding.lower()}"
+    query(postgres.url("postgres"), f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    return postgres.url(name)
+
+
+def test_a_url_without_a_database_means_that_of_the_user(postgres: Postgres) -> None:
+    query(postgres.url("postgres"), "CREATE ROLE nameless SUPERUSER LOGIN")
+    query(postgres.url("postgres"), "CREATE DATABASE nameless")
+    done = backend_command("migrate", postgres.url("").replace("postgres@", "nameless@"))
+    [line] = done.stderr.splitlines()
+    assert "migrations applied in the default database at" in line
+    assert query(postgres.url("nameless"), "SELECT count(*) FROM logs") == [(0,)]
 
 
 def test_an_unknown_command_says_which_there_are() -> None:

@@ -7,7 +7,7 @@ Measured in buffers (pages of 8 KiB that a statement looks at, in memory or not)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -67,6 +67,16 @@ read_part_v1(%(date_from)s::timestamptz, %(date_to)s, %(method)s::text, %(status
 STORE = "store_logs_v2('{00000000-0000-8000-8000-000000000001}', '{192.0.2.1}', '{HEAD}', '{/1}', '{301}')"
 
 END_OF_WINDOW = "window_end_v2('1970-01-01Z', NULL)"
+STATS_WINDOW = "stats_window_v1('1970-01-01Z', NULL)"
+COUNT_STEP = "count_minutes_v1(50000)"
+STATS = """
+stats_counts_v1(%(date_from)s::timestamptz, %(date_to)s, %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+                '{}', 1000000)
+"""
+TOP = """
+stats_top_v1(%(date_from)s::timestamptz, %(date_to)s, %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
+             %(field)s, 10, 10000)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +93,7 @@ def table(postgres: Postgres) -> Iterator[psycopg.Connection[Any]]:
             filler.execute("ANALYZE logs")
             filler.execute("TRUNCATE logs")
             for _ in range(10):  # from the sixth time on a plan is kept
-                connection.execute(f"SELECT {STORE}, {END_OF_WINDOW}, seconds_ahead_v1()".encode())
+                connection.execute(f"SELECT {STORE}, {STATS_WINDOW}, {COUNT_STEP}, seconds_ahead_v1()".encode())
             filler.execute("DELETE FROM logs")
             indexes = filler.execute(INDEXES).fetchall()
             for name, _ in indexes:
@@ -114,12 +124,13 @@ def buffers(connection: psycopg.Connection[Any], call: str, parameters: dict[str
 
 def read(connection: psycopg.Connection[Any], **window: Any) -> tuple[int, datetime, int]:
     """The number of records in one part, where the next one starts, and the buffers that it took."""
-    defaults = {"date_from": BEGIN, "date_to": END, "method": None, "status_code": None, "ip": None, "rows": MAX_ROWS}
-    parameters = {**defaults, **window}
+    parameters = {**NO_FILTER, "date_from": BEGIN, "date_to": END, "rows": MAX_ROWS, **window}
     row = connection.execute(f"SELECT count, next_from FROM {READ}".encode(), parameters).fetchone()
     assert row is not None
     return row[0], row[1], buffers(connection, READ, parameters)
 
+
+NO_FILTER = {"method": None, "status_code": None, "ip": None}
 
 # Common, rare, only early, only late, absent
 ONE_FILTER: list[dict[str, Any]] = [
@@ -214,9 +225,43 @@ def test_with_several_filters_each_statement_is_bounded_and_together_they_find_a
     assert found == records_of(connection, filters)
 
 
-@pytest.mark.parametrize("call", [END_OF_WINDOW, "seconds_ahead_v1()", STORE])
+@pytest.mark.parametrize("call", [END_OF_WINDOW, STATS_WINDOW, "seconds_ahead_v1()", STORE])
 def test_storing_and_the_end_of_a_window_cost_the_same_in_a_large_table(
     connection: psycopg.Connection[Any], call: str
 ) -> None:
     with connection.transaction(force_rollback=True):
         assert buffers(connection, call, {}) <= FIXED
+
+
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+
+
+@pytest.mark.parametrize("length", [HOUR, DAY], ids=["an hour", "a day"])
+@pytest.mark.parametrize("filters", ONE_FILTER, ids=name_of)
+def test_what_is_not_counted_yet_costs_what_its_records_cost(
+    connection: psycopg.Connection[Any], filters: dict[str, Any], length: timedelta
+) -> None:
+    window = {**NO_FILTER, **filters, "date_from": MIDDLE, "date_to": MIDDLE + length}
+    with connection.transaction(force_rollback=True):
+        connection.execute("UPDATE counting SET counted_to = '-infinity'")
+        assert buffers(connection, STATS, window) <= length.total_seconds() + FIXED
+
+
+@pytest.mark.parametrize("filters", ONE_FILTER, ids=name_of)
+@pytest.mark.parametrize("field", ["ip", "uri"])
+def test_the_most_frequent_cost_what_the_newest_records_cost(
+    connection: psycopg.Connection[Any], filters: dict[str, Any], field: str
+) -> None:
+    window = {**NO_FILTER, **filters, "date_from": BEGIN, "date_to": END, "field": field}
+    assert buffers(connection, TOP, window) <= 2 * min(10_000, records_of(connection, filters)) + FIXED
+
+
+@pytest.mark.parametrize("filters", ONE_FILTER, ids=name_of)
+def test_what_is_counted_costs_a_part_of_what_its_records_cost(
+    connection: psycopg.Connection[Any], filters: dict[str, Any]
+) -> None:
+    while connection.execute("SELECT counted_to_v1() < %s", [MIDDLE + DAY]).fetchall() == [(True,)]:
+        assert buffers(connection, COUNT_STEP, {}) <= 50_000
+    window = {**NO_FILTER, **filters, "date_from": MIDDLE + HOUR / 7, "date_to": MIDDLE + DAY - HOUR / 7}
+    records = records_of(connection, filters) / ROWS * DAY.total_seconds() if "ip" in filters else 0
+    assert buffers(connection, STATS, window) <= DAY.total_seconds() / 60 + 2 * records + 2 * FIXED

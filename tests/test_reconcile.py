@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from fakes import FakeBackend, Reply, Request, fake_backend, post_lines, some_lines
+from fakes import NDJSON, FakeBackend, Reply, Request, fake_backend, post_lines, some_lines
 from harness import (
     ROOT,
     Backend,
@@ -21,10 +21,12 @@ from harness import (
     clean_environment,
     count_lines,
     driver,
+    held,
     line_of,
     past_the_guard,
     read_records,
 )
+from test_successor import with_retention
 from waiting import wait_until
 
 Start = Callable[..., Service]
@@ -125,7 +127,7 @@ def test_what_a_restored_database_lost_is_given_back_and_exported_again(
     assert_each_line_once_in_both(backend, lines, *files)
     assert shared.with_name("data.txt.cut").read_bytes().splitlines(keepends=True) == lost
     for exporter in exporters:
-        exporter.wait_for_line("database: back after")
+        exporter.wait_for_line("database back after")
     post_lines(backend, some_lines(10, "later"))
     assert_each_line_once_in_both(backend, lines + some_lines(10, "later"), *files)
     done = reconcile(backend.data_url, "--yes")
@@ -285,6 +287,152 @@ def test_what_it_cannot_mend_is_refused_and_nothing_is_changed(
     assert before == {file: file.read_bytes() for file in files if file.exists()}
     assert fake.records() == stored
     assert not shared.with_name("data.txt.cut").exists()
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], wanted: str) -> None:
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines()[-1].startswith("cannot reconcile")
+    assert wanted in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["data.txt.bak", "a copy", "data.txt.3"])
+def test_a_copy_of_the_file_in_the_folder_is_named_and_not_cut(
+    reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path, name: str
+) -> None:
+    """As people make one before they try what they have not done before."""
+    fake.add(some_lines(20))
+    exporter = export(fake.data_url)
+    wait_until(lambda: last_id(shared) == fake.records()[-1]["id"], what="the records")
+    assert exporter.end() == 0
+    fake.stored = dict(list(fake.stored.items())[:15])
+    copy = shared.with_name(name)
+    copy.write_bytes(shared.read_bytes())
+    done = reconcile(fake.data_url, "--yes")
+    assert_refused(done, "do not follow on each other: is one of them a copy? Move it out of the folder")
+    assert f"{copy} " in done.stdout
+    assert copy.read_bytes() == shared.read_bytes()
+    assert len(fake.stored) == 15
+    copy.unlink()
+    assert reconcile(fake.data_url, "--yes").returncode == 0
+    assert count_lines(shared) == 15
+    assert len(fake.stored) == 20
+
+
+def test_what_retention_has_deleted_is_not_taken_for_lost(
+    reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    """The records around the common one, and those that the database no longer keeps, are few enough to be looked at
+    at once."""
+    files = lost_in_three_parts(fake, export, shared)
+    before = [record["id"] for record in read_records(*files)]
+    gone = with_retention(fake, 22)
+    fake.answer = lambda request: gone(request) if request.method == "GET" else fake.store(request)
+    done = reconcile(fake.data_url, "--yes")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert "35 records behind it" in done.stdout
+    exporter = export(fake.data_url)
+    wait_until(lambda: last_id(shared) == fake.records()[-1]["id"], what="the last record")
+    assert exporter.end() == 0
+    exported = [record["id"] for record in read_records(*[file for file in files if file.exists()])]
+    assert exported == list(fake.stored)
+    assert set(before) < set(exported)
+
+
+def test_a_database_that_keeps_nothing_of_the_file_is_refused(
+    reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    lost_in_three_parts(fake, export, shared)
+    fake.answer = with_retention(fake, 26)
+    assert_refused(reconcile(fake.data_url, "--yes"), "no record in common is left")
+
+
+def test_records_that_were_lost_in_the_middle_are_given_back_too(
+    reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    fake.add(some_lines(60))
+    exporter = export(fake.data_url)
+    wait_until(lambda: last_id(shared) == fake.records()[-1]["id"], what="the records")
+    assert exporter.end() == 0
+    everything = fake.records()
+    fake.stored = {record["id"]: record for record in everything[:20] + everything[30:50]}
+    fake.answer = lambda request: fake.store(request) if request.method == "POST" else by_created(fake, request)
+    done = reconcile(fake.data_url, "--yes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "40 records behind it" in done.stdout
+    assert count_lines(shared) == 20
+    assert set(fake.stored) == {record["id"] for record in everything}
+
+
+def by_created(fake: FakeBackend, request: Request) -> Reply:
+    """For a database that lacks records in the middle."""
+    records = [record for record in fake.records() if record["created"] >= request.query["date_from"]]
+    lines = [json.dumps(record, separators=(",", ":")).encode() + b"\n" for record in records]
+    return Reply(200, b"".join(lines), NDJSON)
+
+
+NO_RECORDS = {
+    "no line": b'{"id":"a","created":"2026-01-02T00:00:00.000000Z","log":{"ip":"192.0.2.1"}}\n',
+    "no JSON": b'{"id":"a","created":"2026-01-02T00:00:00.000000Z","log":{}]}\n',
+    "a number": b'{"id":"a","created":"2026-01-02T00:00:00.000000Z","log":5}\n',
+    "out of order": b'{"id":"a","created":"2025-01-02T00:00:00.000000Z","log":{}}\n',
+    "Windows line end": b'{"id":"a","created":"2026-01-02T00:00:00.000000Z","log":{}}\r\n',
+}
+
+
+@pytest.mark.parametrize("kind", NO_RECORDS)
+def test_a_line_that_cannot_be_sent_is_shown_before_any_change(
+    reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path, kind: str
+) -> None:
+    files = lost_in_three_parts(fake, export, shared)
+    lines = files[2].read_bytes().splitlines(keepends=True)
+    files[2].write_bytes(b"".join([*lines[:10], NO_RECORDS[kind]]))
+    before = [file.read_bytes() for file in files], fake.records()
+    done = reconcile(fake.data_url, "--yes")
+    assert_refused(done, str(files[2]) if kind not in ("no line", "a number") else '"created":"2026-01-02')
+    assert ([file.read_bytes() for file in files], fake.records()) == before
+    assert not shared.with_name("data.txt.cut").exists()
+
+
+def test_ctrl_c_at_the_question_ends_it_and_changes_nothing(
+    start: Start, fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
+) -> None:
+    files = lost_in_three_parts(fake, export, shared)
+    before = [file.read_bytes() for file in files], fake.records()
+    asking = driver(tmp_path, "asking.py", 'import background\nsys.exit(background.main(["reconcile"]))\n')
+    program = start(asking, stdin=subprocess.PIPE, URL=fake.data_url, DIRECTORY=shared.parent)
+    program.wait_for_line(r"Go on\? \[y/N\]")
+    program.kill(signal.SIGINT)
+    assert program.process.wait(20) == -signal.SIGINT
+    assert "Traceback" not in program.printed
+    assert ([file.read_bytes() for file in files], fake.records()) == before
+    exporter = export(fake.data_url)
+    exporter.wait_for_line("nothing is appended.*reconcile")
+
+
+def test_no_post_is_larger_than_what_the_backend_takes(
+    reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    """The longest URIs that there are, which JSON may write in three times as many bytes."""
+    fake.add([f"192.0.2.1 GET /{n}{'é' * 4090} 200" for n in range(700)])
+    exporter = export(fake.data_url)
+    wait_until(lambda: count_lines(shared) == 700, what="the records")
+    assert exporter.end() == 0
+    fake.stored = dict(list(fake.stored.items())[:5])
+    assert reconcile(fake.data_url, "--yes").returncode == 0
+    assert len(fake.stored) == 700
+    assert max(len(request.body) for request in fake.requests) < 16 * 1024**2
+
+
+def test_while_another_process_has_the_turn_nothing_is_changed(
+    reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
+) -> None:
+    files = lost_in_three_parts(fake, export, shared)
+    before = [file.read_bytes() for file in files]
+    impatient = "import background\nbackground.TURN_SECONDS = 0.5\nsys.exit(background.main(['reconcile', '--yes']))\n"
+    with held(shared.with_name("data.txt.lock")):
+        done = reconcile(fake.data_url, program=driver(tmp_path, "impatient.py", impatient))
+    assert_refused(done, f"no turn for 0 s: another process has {shared}.lock")
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_a_failed_over_database_with_its_clock_behind_is_reconciled_too(

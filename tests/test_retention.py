@@ -355,9 +355,9 @@ def test_an_outage_of_the_database_is_told_and_retention_goes_on_after_it(
 ) -> None:
     backend = start_backend(script=retaining(tmp_path, DAY), DATABASE_URL=url, RETENTION_DAYS=1)
     connection.execute("ALTER FUNCTION delete_expired_v1 RENAME TO away")
-    backend.wait_for_line("WARNING backend: deleting expired records fails: function delete_expired_v1.*does not exist")
+    backend.wait_for_line(r"WARNING \S+ database \(retention\) failing: function delete_expired_v1.*does not exist")
     connection.execute("ALTER FUNCTION away RENAME TO delete_expired_v1")
-    backend.wait_for_line("deleting expired records works again after")
+    backend.wait_for_line(r"database \(retention\) back after")
     fill(url, 3, seconds_ago=2 * DAY)
     fill(url, 1)
     wait_until(lambda: count(connection) == 2, SECONDS, "the deletion")
@@ -595,7 +595,7 @@ def test_an_exporter_beside_it_loses_nothing(
     assert all(one["created"] < other["created"] for one, other in pairwise(records))
 
 
-def test_an_exporter_that_comes_too_late_is_told(
+def test_an_exporter_that_comes_too_late_says_so_and_ends(
     trimmed: Backend, start: Callable[..., Service], look: Connection, shared: Path
 ) -> None:
     """The file's last record was deleted long ago, and others after it that the file does not have."""
@@ -603,7 +603,11 @@ def test_an_exporter_that_comes_too_late_is_told(
     last = {"id": str(uuid.uuid4()), "created": "2026-01-01T00:00:00.000000Z", "log": log}
     shared.write_text(json.dumps(last, separators=(",", ":")) + "\n")
     exporter = start("background.py", URL=trimmed.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=20)
-    exporter.wait_for_line(f"has deleted what was stored before {text(kept_from(look))}")
+    assert exporter.process.wait(SECONDS) == 1
+    wanted = (
+        f"ERROR.* of {last['created']}, and the database has deleted what was stored before {text(kept_from(look))}"
+    )
+    assert len(re.findall(wanted, exporter.printed)) == 1
     assert count_lines(shared) == 1
 
 

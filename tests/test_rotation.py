@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeBackend, some_lines
+from fakes import FakeBackend, Request, some_lines
 from harness import (
     ROOT,
     Service,
@@ -284,6 +285,140 @@ sys.exit(background.main([]))
 """
 
 
+# Right before the first records are written behind the last one, the file is truncated
+TRUNCATED = """
+import os
+import background
+
+append, done = background.SharedFile.append, []
+
+def truncate_and_append(file, lines):
+    if not done:
+        done.append(True)
+        os.truncate(file.path, 0)
+    append(file, lines)
+
+background.SharedFile.append = truncate_and_append
+sys.exit(background.main([]))
+"""
+
+
+def test_a_file_truncated_between_reading_and_writing_is_read_again(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
+) -> None:
+    """By copytruncate, whose copy lacks what was written after it was made."""
+    fake.add(some_lines(50))
+    exporter = export()
+    assert_all_exported(fake, shared)
+    assert exporter.end() == 0
+    copy = shared.with_name("data.txt.1")
+    copy.write_bytes(b"".join(read_lines(shared)[:40]))
+    fake.add(some_lines(10, "more"))
+    exporter = export(driver(tmp_path, "truncated.py", TRUNCATED))
+    exporter.wait_for_line("data.txt was changed by another program since it was looked at")
+    fake.add(some_lines(1, "last"))
+    known = len(fake.requests)
+    wait_until(lambda: len(fake.requests) > known + 3, what="more polls")
+    assert shared.read_bytes() == b""
+    exporter.end()
+    shared.with_name("data.txt.position").unlink()  # the way on that it names from then on
+    exporter = export()
+    wait_until(lambda: count_lines(copy, shared) >= 61, what="the records")
+    assert read_records(copy, shared) == fake.records()
+
+
+# When it is about to give a new file its name, the one that was moved away is back
+BACK_AGAIN = """
+import os
+import background
+
+write, done = background.SharedFile._write_position, []
+
+def write_position_and_move_back(file, *arguments):
+    write(file, *arguments)
+    if not done:
+        done.append(True)
+        os.rename(os.environ["MOVED"], file.path)
+
+background.SharedFile._write_position = write_position_and_move_back
+sys.exit(background.main([]))
+"""
+
+
+def test_a_file_that_comes_back_as_a_new_one_is_begun_stays(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
+) -> None:
+    fake.add(some_lines(50))
+    exporter = export()
+    assert_all_exported(fake, shared)
+    assert exporter.end() == 0
+    moved = shared.rename(tmp_path / "moved")
+    fake.add(some_lines(10, "more"))
+    exporter = export(driver(tmp_path, "back.py", BACK_AGAIN), MOVED=moved)
+    wait_until(lambda: shared.exists() and fake.records()[-1]["id"].encode() in shared.read_bytes(), what="the records")
+    assert read_records(shared) == fake.records()
+    assert exporter.end() == 0
+    assert "WARNING" not in exporter.printed
+
+
+def test_a_new_file_is_begun_where_there_are_no_hard_links(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
+) -> None:
+    no_links = """
+import errno, os
+import background
+
+def link(*arguments, **options):
+    raise PermissionError(errno.EPERM, "no hard links")
+
+os.link = link
+sys.exit(background.main([]))
+"""
+    exporter = export(driver(tmp_path, "no_links.py", no_links), ROTATE_BYTES=3_000)
+    fake.add(some_lines(50))
+    assert_all_exported(fake, shared)
+    assert len(parts_of(shared)) > 1
+    assert exporter.end() == 0
+
+
+# Right after the file was renamed for its size, another one is put in its place
+REPLACED_IN_A_ROTATION = """
+import os, shutil
+import background
+
+replace, done = os.replace, []
+
+def replace_and_copy(old, new, **options):
+    replace(old, new, **options)
+    if new.startswith("data.txt.2") and not done:
+        done.append(True)
+        shutil.copy(os.environ["OTHER"], os.path.join(os.environ["DIRECTORY"], "data.txt"))
+
+os.replace = replace_and_copy
+sys.exit(background.main([]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["older", "later"])
+def test_another_file_that_comes_in_a_rotation_is_not_appended_to(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path, kind: str
+) -> None:
+    fake.add(some_lines(10))
+    exporter = export()
+    assert_all_exported(fake, shared)
+    assert exporter.end() == 0
+    fake.add(some_lines(50, "more"))
+    everything = fake.export(Request("GET", {"date_from": "2026-01-01T00:00:00Z"}, {}, b"", 0, 0)).body.splitlines(True)
+    other = tmp_path / "other"
+    other.write_bytes(b"".join(everything[:10] if kind == "older" else everything[55:]))
+    exporter = export(driver(tmp_path, "replaced.py", REPLACED_IN_A_ROTATION), ROTATE_BYTES=3_000, OTHER=other)
+    told = "goes on to .*was one of them replaced by a copy" if kind == "older" else "another file has come to"
+    exporter.wait_for_line(f"shared file cannot be written: .*{told}")
+    known = len(fake.requests)
+    wait_until(lambda: len(fake.requests) > known + 3, what="more polls")
+    assert shared.read_bytes() == other.read_bytes()
+
+
 def test_a_file_that_is_copied_away_and_deleted_while_it_is_written_to_costs_no_record(
     fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
 ) -> None:
@@ -340,6 +475,66 @@ def test_verify_reads_compressed_parts_under_any_name_and_a_part_rather_than_its
     assert verify(fake, shared) == f"{wanted}equal: 153 records\n"
 
 
+def test_verify_names_each_file_in_one_line_whatever_it_is_called(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    fake.add(some_lines(5))
+    exporter = export()
+    assert_all_exported(fake, shared)
+    assert exporter.end() == 0
+    os.rename(os.fsencode(shared), os.fsencode(shared) + b".caf\xe9\n")
+    (shared.parent / os.fsdecode(b"caf\xe9\nequal: 5 records")).write_text("no records")
+    shared.with_name("moved to the archive").symlink_to("archive")
+    printed = verify(fake, shared).splitlines()
+    assert printed[:-1] == [
+        "passed over, as it is no part of data.txt: 'caf\\udce9\\nequal: 5 records'",
+        "passed over, as it is no part of data.txt: moved to the archive",
+    ]
+    assert printed[-1] == "equal: 5 records"
+
+
+def test_verify_shows_a_line_that_is_no_text(fake: FakeBackend, export: Callable[..., Service], shared: Path) -> None:
+    fake.add(some_lines(5))
+    exporter = export()
+    assert_all_exported(fake, shared)
+    assert exporter.end() == 0
+    shared.write_bytes(shared.read_bytes().replace(b"/a/2", b"/\xff/2"))
+    [line] = verify(fake, shared).splitlines()
+    assert line.startswith("not equal: after 2 equal records a record differs")
+    assert "/\\xff/2" in line
+
+
+@pytest.mark.parametrize("then", ["another one", "nothing"])
+def test_verify_says_that_a_file_was_renamed_meanwhile(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path, then: str
+) -> None:
+    """What is at its name then lacks records."""
+    fake.add(some_lines(5))
+    exporter = export()
+    assert_all_exported(fake, shared)
+    assert exporter.end() == 0
+    renamed = """
+import os
+import background
+
+find = background.find_parts
+
+def find_and_rename(folder, name):
+    parts = find(folder, name)
+    path = os.path.join(folder.path, name)
+    os.rename(path, f"{path}.1")
+    if os.environ["THEN"] == "another one":
+        open(path, "w").close()
+    return parts
+
+background.find_parts = find_and_rename
+sys.exit(background.main(["verify"]))
+"""
+    program = export(driver(tmp_path, "renamed.py", renamed), THEN=then)
+    assert program.process.wait(30) == 1
+    assert program.printed == f"cannot compare: {shared} was renamed, replaced or deleted meanwhile; try again\n"
+
+
 def test_a_file_that_was_compressed_beside_itself_and_emptied_is_followed_on(
     fake: FakeBackend, export: Callable[..., Service], shared: Path
 ) -> None:
@@ -385,6 +580,51 @@ def test_exporters_rotate_the_file_themselves_with_its_mode_and_owner_and_parts_
     assert (stat.S_IMODE(shared.stat().st_mode), shared.stat().st_uid) == (0o640, owner)
     assert verify(fake, shared) == f"equal: {len(fake.stored)} records\n"
     assert "WARNING" not in "".join(exporter.printed for exporter in exporters)
+
+
+ACL = "system.posix_acl_access"
+
+
+def test_a_new_file_has_the_access_control_list_of_the_one_before(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    """Its mode alone would let the group read what one named user only may read."""
+    entries = [(1, 6, -1), (2, 4, 65534), (4, 0, -1), (16, 4, -1), (32, 0, -1)]  # owner, a user, group, mask, others
+    granted = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    export(ROTATE_BYTES=3_000)
+    fake.add(some_lines(10))
+    assert_all_exported(fake, shared)
+    os.setxattr(shared, ACL, granted)
+    for n in range(3):
+        fake.add(some_lines(20, f"n{n}"))
+        assert_all_exported(fake, shared)
+    parts = parts_of(shared)
+    assert len(parts) > 2
+    assert {os.getxattr(part, ACL) for part in parts} == {granted}
+    assert {stat.S_IMODE(part.stat().st_mode) for part in parts} == {0o640}
+
+
+def test_a_part_that_is_being_compressed_counts_once(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    def made() -> list[str]:
+        return sorted(path.name for path in shared.parent.iterdir() if PART.fullmatch(path.name))
+
+    def rotate() -> None:
+        before = made()
+        while made() == before:
+            fake.add(some_lines(10, f"n{len(fake.stored)}"))
+            wait_until(lambda: has_last(fake, shared), what="the records")
+            wait_until(lambda: not shared.with_name("data.txt.lock").exists(), what="the end of the turn")
+
+    export(ROTATE_BYTES=5_000, KEEP_FILES=2)
+    for _ in range(3):
+        rotate()
+    [_, newer] = made()
+    shared.with_name(f"{newer}.gz").write_bytes(b"half done")
+    rotate()
+    assert len(made()) == 2
+    assert newer in made()
 
 
 def test_of_the_parts_that_it_made_the_newest_stay_and_those_of_other_names(

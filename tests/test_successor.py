@@ -22,7 +22,7 @@ import background
 
 Start = Callable[..., Service]
 OLDER = "older"
-REFUSED = "WARNING background: database: .*nothing is appended"
+REFUSED = r"WARNING background\[\d+\]: database diverged: .*nothing is appended"
 
 # The same service, but for how often it says what it says again and again
 IMPATIENT = """
@@ -49,10 +49,10 @@ def exported(records: list[dict[str, Any]], *files: Path) -> bool:
     return True
 
 
-def verify(url: str, shared: Path) -> str:
+def verify(url: str, shared: Path, *window: str, **settings: int) -> str:
     done = subprocess.run(
-        [sys.executable, "-I", "-S", str(ROOT / "background.py"), "verify"],
-        env=clean_environment({"URL": url, "DIRECTORY": str(shared.parent)}),
+        [sys.executable, "-I", "-S", str(ROOT / "background.py"), "verify", *window],
+        env=clean_environment({"URL": url, "DIRECTORY": str(shared.parent), **settings}),
         capture_output=True,
         text=True,
         timeout=60,
@@ -117,7 +117,7 @@ def test_a_database_that_lacks_the_last_record_is_told_and_when_it_is_back_expor
     fake.stored = right
     fake.add(some_lines(20, "more"))
     exported(fake.records(), shared)
-    exporter.wait_for_line("database: back after")
+    exporter.wait_for_line("database back after")
 
 
 def test_what_is_out_of_order_is_said_again_from_time_to_time(
@@ -189,7 +189,23 @@ def test_a_shortened_file_is_told_and_filled_up_again(
     exporter.wait_for_line("data.txt ends in .* and was written up to .*: it was shortened")
 
 
-@pytest.mark.parametrize("kind", ["edited", "another one's", "with a record too many"])
+BROKEN = r"WARNING background\[\d+\]: shared file cannot be written: .*data.txt"
+NO_END = f"{BROKEN} does not end in a record"
+NO_RECORDS = f"{BROKEN}: not all of its last lines are records in order"
+TOLD = {
+    "edited": REFUSED,
+    "another one's": REFUSED,
+    "with a record too many": REFUSED,
+    "with a member more": REFUSED,
+    "with its members in another order": NO_RECORDS,
+    "with a blank line": NO_RECORDS,
+    "with Windows line ends": NO_END,
+    "edited in the middle": NO_RECORDS,
+    "with two lines swapped": NO_RECORDS,
+}
+
+
+@pytest.mark.parametrize("kind", TOLD)
 def test_a_file_whose_last_record_is_not_the_databases_is_told_and_not_touched(
     fake: FakeBackend, export: Callable[..., Service], shared: Path, kind: str
 ) -> None:
@@ -201,14 +217,21 @@ def test_a_file_whose_last_record_is_not_the_databases_is_told_and_not_touched(
         "edited": good.replace(b'"/a/99"', b'"/a/98"'),
         "another one's": good.replace(b'"id":"0000', b'"id":"1111'),
         "with a record too many": good + lines[-1].replace(b"000099Z", b"000105Z"),
+        "with a member more": good[:-3] + b',"bytes":5}}\n',
+        "with its members in another order": good[: -len(lines[-1])] + b'{"log":{},' + lines[-1][1:],
+        "with a blank line": good + b"\n",
+        "with Windows line ends": good.replace(b"\n", b"\r\n"),
+        "edited in the middle": good.replace(lines[50], b"a note\n"),
+        "with two lines swapped": b"".join([*lines[:50], lines[51], lines[50], *lines[52:]]),
     }[kind]
     replacement = shared.with_name("replacement")
     replacement.write_bytes(bad)
     replacement.replace(shared)
     fake.add(some_lines(50, "more"))
     exporter = export(fake.data_url)
-    exporter.wait_for_line(REFUSED)
+    exporter.wait_for_line(TOLD[kind])
     assert_nothing_is_appended(fake, shared, bad)
+    assert "equal: 100" not in verify(fake.data_url, shared)
     shared.write_bytes(good)
     exported(fake.records(), shared)
 
@@ -230,10 +253,59 @@ def test_an_emptied_file_is_told_and_goes_on_when_it_is_removed(
     before.write_bytes(shared.read_bytes())
     os.truncate(shared, 0)
     fake.add(some_lines(10, "more"))
-    exporter.wait_for_line("shared file: .*data.txt was emptied")
+    exporter.wait_for_line("shared file cannot be written: .*data.txt was emptied")
     assert_nothing_is_appended(fake, shared, b"")
     shared.unlink()
     exported(fake.records(), before, shared)
+
+
+def test_a_folder_in_place_of_the_file_is_told_and_waited_for(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    shared.mkdir()
+    fake.add(some_lines(20))
+    exporter = export(fake.data_url)
+    exporter.wait_for_line("shared file cannot be written: .*Is a directory: 'data.txt'")
+    shared.rmdir()
+    exported(fake.records(), shared)
+    exporter.wait_for_line("shared file back after")
+
+
+@pytest.mark.parametrize("target", ["a file", "nothing"])
+def test_a_symbolic_link_in_place_of_the_file_is_not_followed(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path, target: str
+) -> None:
+    """What is behind it has another folder's locks; and it is the link that would be renamed."""
+    fake.add(some_lines(20))
+    assert export_and_end(fake, export, shared) == 0
+    moved = shared.rename(tmp_path / "moved")
+    shared.symlink_to(moved if target == "a file" else tmp_path / "nothing")
+    content = moved.read_bytes()
+    fake.add(some_lines(20, "more"))
+    exporter = export(fake.data_url)
+    exporter.wait_for_line("data.txt is a symbolic link, and not followed: put the file itself there")
+    assert_nothing_is_appended(fake, moved, content)
+    assert shared.is_symlink()
+    shared.unlink()
+    moved.rename(shared)
+    exported(fake.records(), shared)
+
+
+def test_no_companion_that_is_a_symbolic_link_is_followed(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
+) -> None:
+    fake.add(some_lines(20))
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in (".position", ".position.new"):
+        link = shared.with_name(f"data.txt{name}")
+        link.symlink_to(precious)
+        exporter = export(fake.data_url)
+        exporter.wait_for_line("shared file cannot be written: .*symbolic link")
+        assert exporter.end() == 0
+        link.unlink()
+    assert precious.read_text() == "precious"
+    assert export_and_end(fake, export, shared) == 0
 
 
 def test_an_old_copy_in_place_of_the_file_is_told_while_the_part_has_more(
@@ -248,7 +320,9 @@ def test_an_old_copy_in_place_of_the_file_is_told_while_the_part_has_more(
     shared.write_bytes(copy)
     fake.add(some_lines(50, "last"))
     exporter = export(fake.data_url)
-    exporter.wait_for_line("shared file: .*data.txt.1 goes on to .*was one of them replaced by a copy")
+    exporter.wait_for_line(
+        "shared file cannot be written: .*data.txt.1 goes on to .*was one of them replaced by a copy"
+    )
     assert_nothing_is_appended(fake, shared, copy)
     shared.unlink()
     exported(fake.records(), part, shared)
@@ -312,11 +386,13 @@ def test_a_position_that_says_nothing_is_not_taken_for_none_where_nothing_else_i
         position.mkdir()
     exporter = export(fake.data_url)
     exporter.wait_for_line(
-        "data.txt.position is broken, and no file" if kind == "broken" else "shared file: .*Is a dir"
+        "data.txt.position is broken, and no file" if kind == "broken" else "shared file cannot be written: .*Is a dir"
     )
-    known = len(fake.requests)
+    opened = Path(f"/proc/{exporter.pid}/fd")
+    before, known = len(list(opened.iterdir())), len(fake.requests)
     wait_until(lambda: len(fake.requests) > known + 2, what="further requests")
     assert not shared.exists()
+    assert len(list(opened.iterdir())) < before + 3  # no attempt leaves one open
     if kind != "broken":
         position.rmdir()
     position.write_bytes(good)
@@ -396,7 +472,7 @@ def with_retention(fake: FakeBackend, deleted: int) -> Callable[[Request], Reply
     return answer
 
 
-def test_an_exporter_that_comes_too_late_says_what_it_missed_and_appends_nothing(
+def test_an_exporter_that_comes_too_late_says_what_it_missed_and_ends(
     fake: FakeBackend, export: Callable[..., Service], shared: Path
 ) -> None:
     fake.add(some_lines(20))
@@ -405,14 +481,67 @@ def test_an_exporter_that_comes_too_late_says_what_it_missed_and_appends_nothing
     fake.add(some_lines(30, "deleted"))
     fake.answer = with_retention(fake, 40)
     exporter = export(fake.data_url)
-    exporter.wait_for_line(f"ends in record .*{created(19)}.*deleted what was stored before {created(40)}.*for ever")
-    assert_nothing_is_appended(fake, shared, content)
-    assert exporter.end() == 0  # the way on that it names
-    for file in shared.parent.iterdir():
+    assert_too_late(exporter, 19, 40)
+    assert shared.read_bytes() == content
+    told = verify(fake.data_url, shared).splitlines()
+    assert told[0] == f"compared from {created(40)} on: the database has deleted what was before"
+    assert told[1].startswith("not equal: after 0 equal records the file lacks ")
+    for file in shared.parent.iterdir():  # the way on that it names
         file.unlink()
     exporter = export(fake.data_url)
     exported(fake.records()[40:], shared)
     exporter.wait_for_line(f"deleted what was stored before {created(40)}: beginning there")
+
+
+def assert_too_late(exporter: Service, last: int, kept: int) -> None:
+    """It has ended with status 1, and said in one line what it missed, from its last record on, and what to do."""
+    assert exporter.process.wait(30) == 1
+    [line] = [line for line in exporter.printed.splitlines() if "ERROR" in line]
+    wanted = f"data.txt ends in record .*{created(last)}.*deleted what was stored before {created(kept)}.* missing here"
+    assert re.search(f"{wanted}.*move data.txt, its parts and companions away", line)
+    assert "WARNING" not in exporter.printed
+
+
+@pytest.mark.parametrize("kind", ["read whole", "broken off"])
+def test_what_waits_when_it_is_deleted_is_written_before_the_end(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, kind: str
+) -> None:
+    """It is nowhere else any more. A reply breaks off where deleting has overtaken it."""
+    fake.add(some_lines(20))
+    exporter = export(fake.data_url)
+    exported(fake.records(), shared)
+    with held(shared.with_name("data.txt.lock")):
+        gone = with_retention(fake, 80)
+        if kind == "broken off":
+            fake.add(some_lines(80, "more"))
+            part = b"".join(
+                fake.ndjson(Request("GET", {"date_from": created(19)}, {}, b"", 0, 0)).splitlines(True)[:31]
+            )
+            replies = [Reply(200, part, NDJSON, chunked=True)]
+            fake.answer = lambda request: replies.pop() if replies else gone(request)
+        else:
+            fake.add(some_lines(30, "more"))
+            cursor = fake.records()[-1]["created"]
+            wait_until(lambda: fake.requests[-1].query["date_from"] == cursor, what="the records in its memory")
+            fake.add(some_lines(50, "deleted"))
+            fake.answer = gone
+        known = len(fake.requests)
+        wait_until(lambda: len(fake.requests) > known + 2, what="requests that are answered by 410")
+        assert exporter.process.poll() is None  # who has the turn may know more than it
+    assert_too_late(exporter, 49, 80)
+    assert read_records(shared) == fake.records()[:50]
+
+
+def test_verify_compares_from_where_the_database_has_records_on(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    """Also where a window, or the parts that KEEP_FILES has left, begin before."""
+    fake.add(some_lines(50))
+    assert export_and_end(fake, export, shared) == 0
+    fake.answer = with_retention(fake, 20)
+    wanted = f"compared from {created(20)} on: the database has deleted what was before\nequal: 30 records\n"
+    assert verify(fake.data_url, shared, created(10)) == wanted
+    assert verify(fake.data_url, shared, KEEP_FILES=3).splitlines(True)[-2:] == wanted.splitlines(True)
 
 
 def test_an_exporter_whose_last_record_is_the_last_deleted_one_has_missed_nothing_and_goes_on(
