@@ -1337,8 +1337,8 @@ def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, 
     """The numbers of a window. Raises Unavailable, Gone.
 
     What is counted ends where /api/data's window would, below which nothing will ever be added: so both statements are
-    about the same records, unless retention deletes some in between. Whoever asked for those by date is answered 410, as
-    Window does.
+    about the same records, unless retention deletes some in between. Whoever asked for those by date is answered 410,
+    as in Window.
     """
     window_end, oldest, newest, kept_from = read(STATS_WINDOW, asked)
     all_kept = asked["date_from"] <= EPOCH
