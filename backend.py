@@ -8,7 +8,7 @@ The way of a line, and the thread that moves it:
     loop or   Api.on_post, with the body: reads the lines (a large body in a thread of its own) and raises Waiting;
     large       Channel.service hands the ticket to GroupCommit, and no thread waits for it
     commit    GroupCommit: one statement and one commit for the tickets of all connections (store_logs_v2)
-    loop      Api.on_post, last time: answers from the settled ticket; Channel.handle_write sends it
+    loop      Api.on_post, last time: answers from the ticket's outcome; Channel.handle_write sends it
 It promises: a 2xx answer means that this line is on disk under this id; a line sent again is stored once; a window of
 records that was closed (all before its `next` link) never changes. It does not terminate TLS or limit rates.
 """
@@ -47,6 +47,7 @@ from urllib.parse import urlencode
 import falcon
 import psycopg
 import waitress.adjustments
+import waitress.buffers
 import waitress.channel
 import waitress.parser
 import waitress.receiver
@@ -71,6 +72,7 @@ MAX_LIMIT = 1_000_000
 MAX_BUCKETS = 1_000
 MAX_TOP = 100
 MAX_HEAD_BYTES = 32 * 1024  # with all headers
+MAX_HEADERS = 100  # thousands of short ones take the loop 10 ms
 CHUNK_LINE_BYTES = 8192  # a chunk's size with its extensions; all trailers
 
 # How long it may take
@@ -97,7 +99,8 @@ QUEUE_BYTES = 32 * 1024**2  # memory of lines that wait for a commit. Past it: 5
 SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary file
 
 # How work is cut up
-QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
+QUICK_BYTES = 4096  # a POST up to this size is read in 0.1 ms: the loop does it
+QUICK_LINES = 64  # if it has no more lines or values than that: 4,096 empty lines take 20 ms, for as many reasons
 PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 PART_BYTES = 1024**2  # its text may have no more: where records are longer, a part has fewer of them
 STATS_ROWS = 1_000_000  # that are counted by address and by URI: the newest of a window, a second's work
@@ -202,11 +205,12 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     """Settings from the environment; an empty value means the default. A wrong one: one line and exit status 2."""
     values: dict[str, Any] = {}
     for name, hint in get_type_hints(Settings, include_extras=True).items():
-        text = environ.get(name.upper()) or environ.get({"db_pass": "DB_PASSWORD"}.get(name, ""), "")
+        text = environ.get(name.upper()) or (environ.get("DB_PASSWORD", "") if name == "db_pass" else "")
         text = re.sub(r"""^(['"])(.*)\1$""", r"\2", text.strip()).strip()
         rule, *allowed = hint.__metadata__
         try:
-            values |= {name: read_value(rule, text)} if text else {}
+            if text:
+                values[name] = read_value(rule, text)
         except ValueError:
             words = allowed[0] if allowed else f"a whole number from {rule[0]} to {rule[-1]}"
             shown = "(hidden)" if "not shown" in words else repr(text)
@@ -449,7 +453,7 @@ SELECT first_created, known, known_created, conflicting, ahead_seconds
     )
 )
 
-NEWEST = "SELECT coalesce(max(created), '-infinity') FROM logs"
+NEWEST = "SELECT coalesce(newest, '-infinity') FROM window_end_v2('-infinity', NULL)"  # whose search path is its own
 # Constraints that a stamp can violate, not a line: somebody wrote past store_logs_v2, or the clock is absurd
 STAMP_CONSTRAINTS = ("logs_created_key", "logs_created_range")
 STAMP_ADVICE = "see the newest rows (SELECT * FROM logs ORDER BY created DESC LIMIT 10) and the server's clock"
@@ -735,8 +739,8 @@ class GroupCommit:
     """One thread that stores what all requests have queued, in one statement and one commit for all.
 
     Why no line is lost or stored twice:
-      * A ticket is settled well only after its statement returned without a warning, and in autocommit mode a
-        statement returns after its commit is on disk. Everything else is answered by 503.
+      * A line is confirmed only after its statement returned without a warning, and in autocommit mode a statement
+        returns after its commit is on disk. Everything else is answered by 503.
       * Ids exist before the insert. If the answer to a commit was lost, the statement is repeated with the same ids:
         rows that are there already are found as known, the others are stored.
       * The whole transaction is one statement inside the server. A backend that is killed or stopped in the middle
@@ -760,8 +764,8 @@ class GroupCommit:
         self._thread.start()
 
     def submit(self, ticket: Ticket) -> None:
-        """Has the rows stored, and does not wait: the ticket is settled within STORE_SECONDS and a little, or at once
-        if the rows cannot be taken. Settled with Unavailable, they may or may not have been stored."""
+        """Queues the rows, and does not wait: the ticket has an outcome within STORE_SECONDS and a little, or at once
+        if the queue is full. If that is Unavailable, they may or may not have been stored."""
         with self._wake:
             if not self._waiting or self._waiting_bytes + ticket.size <= QUEUE_BYTES:
                 self._waiting.append(ticket)
@@ -772,7 +776,7 @@ class GroupCommit:
         self._settle([ticket], partial(Unavailable, refusal))
 
     def give_up_late(self, seconds: float = STORE_SECONDS) -> None:
-        """Called every second or so: settles what has waited for so long."""
+        """Called every half second: what has waited for so long is answered 503."""
         latest = time.monotonic() - seconds
         with self._wake:
             late = [ticket for ticket in self._group if ticket.since < latest]
@@ -876,7 +880,7 @@ class GroupCommit:
         statement stores have one stamp: `created` less the row's number. Two statements never have the same, as
         `created` only increases; so the rows with the greatest stamp are those of the first try, if that is later than
         what was there before it, and than the moment when it was sent. (Should another process have stored these very
-        rows since that moment, their sender is told that they are new: it has sent them twice and hears it once.)
+        rows since that moment, their sender is told that they are new: it has sent them twice and is told once.)
         """
         stamps = {n: moment - (n - 1) * MICROSECOND for n, moment in known.items()}
         newest = max(stamps.values(), default=EPOCH)
@@ -891,12 +895,13 @@ class GroupCommit:
             self._ahead.end()
 
     def _settle(self, tickets: Sequence[Ticket], outcome: Stored | Failed) -> None:
-        """Each ticket is settled once: one that came too late may be in the hands of two threads."""
+        """The first outcome of a ticket counts: one that came too late may be in the hands of two threads."""
         for ticket in tickets:
             with self._wake:
-                first, ticket.outcome = ticket.outcome is None, ticket.outcome or outcome
-            if first:
-                ticket.settled()
+                if ticket.outcome is not None:
+                    continue
+                ticket.outcome = outcome
+            ticket.settled()
 
 
 def describe_lead(seconds: float) -> str:
@@ -907,8 +912,8 @@ def describe_lead(seconds: float) -> str:
 
 # One thread for each, that does what is due in small steps with a rest after each: so much of the time of one session
 # goes into it, however much there is to do. Each step is one statement and one transaction: wherever this process is
-# killed, what is done and how far it got agree. Of all processes one is at it at a time (delete_expired_v1,
-# count_minutes_v1); who finds another one at it leaves it the round.
+# killed, what is done and how far it got agree. Of all processes one works at a time (delete_expired_v1,
+# count_minutes_v1); the others skip the round.
 
 
 def start_chore(name: str, do_what_is_due: Callable[[], None], pause_seconds: float) -> None:
@@ -926,7 +931,7 @@ def start_chore(name: str, do_what_is_due: Callable[[], None], pause_seconds: fl
 
 
 def take_step(session: Session, statement: str, parameters: Mapping[str, Any], rest: int) -> int | None:
-    """How many records were in it; None: another process is at it. `rest` is how many times as long as the step."""
+    """How many records were in it; None: another process does it. `rest` is how many times as long as the step."""
     began = time.monotonic()
     [count] = session.query(statement, parameters)
     if count:
@@ -935,7 +940,7 @@ def take_step(session: Session, statement: str, parameters: Mapping[str, Any], r
 
 
 def delete_expired(session: Session, days: int) -> None:
-    """All that has expired, or until another process is found at it. Raises Unavailable."""
+    """All that has expired, or until another process is found deleting. Raises Unavailable."""
     total, began = 0, time.monotonic()
     parameters = {"seconds": days * DAY_SECONDS, "rows": EXPIRY_STEP_ROWS}
     try:
@@ -949,7 +954,7 @@ def delete_expired(session: Session, days: int) -> None:
 
 
 def count_minutes(session: Session) -> None:
-    """All records that are not in the table of minutes yet, or until another process is found at it. Raises
+    """All records that are not in the table of minutes yet, or until another process is found counting. Raises
     Unavailable."""
     while take_step(session, COUNT_MINUTES, {"rows": COUNTING_STEP_ROWS}, COUNTING_REST):
         pass
@@ -1034,7 +1039,8 @@ def has_too_many_values(text: str) -> bool:
     marks = 0
     if sum(map(text.count, ",[{")) > MAX_JSON_VALUES:
         for token in JSON_TOKEN.finditer(text):
-            marks += token[0][0] != '"'
+            if token[0][0] != '"':
+                marks += 1
             if marks > MAX_JSON_VALUES:
                 return True
     return False
@@ -1139,7 +1145,7 @@ PARAMETERS: dict[str, Parameter] = {
 NEEDS_HTTP_1_1 = (
     f"A reply of this size needs HTTP/1.1, also from a proxy; or ask for parts, with limit={PART_ROWS} at most."
 )
-NO_PLACE = f"All places for large exports are taken; ask again, or for limit={PART_ROWS} at most."
+NO_PLACE = f"Too many large exports are running; retry, or ask for limit={PART_ROWS} at most."
 
 
 def parse_window(query: Mapping[str, Any], parameters: Mapping[str, Parameter] = PARAMETERS) -> dict[str, Any]:
@@ -1203,7 +1209,8 @@ class Window:
         while not is_last:
             count, text = self._read_part()
             is_last = self._parameters["date_from"] >= end
-            pieces += [text] if count else []
+            if count:
+                pieces.append(text)
             if is_last or sum(map(len, pieces)) > PART_BYTES / 2 or time.monotonic() > patience:
                 yield Part(self._separator.join(pieces), is_last, following)
                 pieces.clear()
@@ -1262,7 +1269,7 @@ def next_query(window: Mapping[str, Any], start: datetime) -> str:
 
 def stream(start: bytes, parts: Iterator[bytes], end: bytes, done: Callable[[], None]) -> Iterator[bytes]:
     """The body of a large export, each part fetched while the one before is sent. If it cannot be finished, the chunked
-    reply breaks off, which its reader notices."""
+    reply ends without its last chunk, which its reader notices."""
     try:
         with ThreadPoolExecutor(1) as fetcher:
             coming = fetcher.submit(next, parts, b"")
@@ -1279,10 +1286,10 @@ def stream(start: bytes, parts: Iterator[bytes], end: bytes, done: Callable[[], 
 
 
 class Places:
-    """The right to stream a large export: a bounded number at a time, as each holds a thread and some memory.
+    """The large exports that are being streamed: a bounded number, as each holds a thread and some memory.
 
-    When all are taken, who asks is refused. If somebody was refused lately, the slowest reader of the last minute gives
-    way (`give_way`): a slow one is served to its end as long as nobody else wants its place.
+    At the limit another one is refused. If one was refused lately, the slowest reader of the last minute is cut off
+    (`give_way`): a slow one is served to its end as long as nobody else asks.
     """
 
     def __init__(self, count: int) -> None:
@@ -1307,12 +1314,12 @@ class Places:
         return reader in self._readers
 
     def give_way(self) -> Channel | None:
-        """Who has to give way now, if anybody; called every half second."""
+        """The reader that has to be cut off now, if any; called every half second."""
         with self._lock:
             if len(self._readers) < self._count or time.monotonic() - self._refused_at > 10 * LOOP_SECONDS:
                 return None
             slow = [reader for reader in self._readers if reader.pace is not None]
-            self._refused_at = float("-inf")  # one for each that was refused
+            self._refused_at = float("-inf")  # one is cut off for each that was refused
             return min(slow, key=lambda reader: reader.pace or 0, default=None)
 
 
@@ -1563,6 +1570,8 @@ def create_app(database: Database, places: Places, settings: Settings) -> falcon
 WAITRESS_NAMES = {
     waitress.parser.HTTPRequestParser: ("received", "parse_header", "close"),
     waitress.parser.ParsingError: (),
+    waitress.buffers.OverflowableBuffer: ("get",),
+    waitress.receiver.FixedStreamReceiver: ("getbuf",),
     waitress.receiver.ChunkedReceiver: (
         "received", "control_line", "trailer", "chunk_remainder", "validate_chunk_end", "all_chunks_received", "getbuf",
     ),
@@ -1645,7 +1654,16 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         """Served so fast that handing it to a thread would cost more."""
         if self.error is not None or self.ticket is not None or self.path == HEALTH:
             return True
-        return self.command == "POST" and (not self.completed or self.size <= QUICK_BYTES)
+        return self.command == "POST" and (not self.completed or self._has_few_lines)
+
+    @property
+    def _has_few_lines(self) -> bool:
+        if self.body_rcv is None:
+            return True
+        if self.size > QUICK_BYTES:
+            return False
+        body: bytes = self.body_rcv.getbuf().get(QUICK_BYTES)
+        return body.count(b"\n") + body.count(b",") <= QUICK_LINES
 
     def received(self, data: bytes) -> int:
         taken: int = super().received(data)
@@ -1667,6 +1685,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     def parse_header(self, header_plus: bytes) -> None:
         """Raises ParsingError."""
         if self.header_bytes_received < self.adj.max_request_header_size:  # else it is waitress's own stand-in
+            if header_plus.count(b"\n") > MAX_HEADERS + 2:  # the first line and the empty one
+                return self.refuse(Refusal(falcon.HTTP_431, f"it has more than {MAX_HEADERS} headers"))
             if not FIRST_LINE.fullmatch(header_plus.partition(b"\r\n")[0]):
                 raise waitress.parser.ParsingError("Start line is invalid")
             if BLANKS_IN_A_ROW in header_plus.replace(b"\t", b" "):
@@ -1827,7 +1847,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
                                  +----------------NeedsBody--------------+                      +--closing--> lingering
 
     The loop's thread makes each of these steps. The thread that serves the request in hand (`service`) only writes its
-    answer and leaves word of how it ended (`_ended`); then it marks the channel, and the loop goes on (`attend`). While
+    answer and notes how it ended (`_ended`); then it marks the channel, and the loop takes over (`attend`). While
     the lines of a POST are on their way to disk no thread has it: its ticket puts it into the loop's queue again.
     No thread waits for a reader, but the one that streams a large export.
     """
@@ -1945,8 +1965,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
                 request.refuse(Refusal(falcon.HTTP_503, "this server has no room for its body; send it again"))
             if request.completed:
                 self.request = None
-                self.requests += [] if request.empty else [request]
-            elif request.chunked and start < len(data):  # chunks of a byte take milliseconds: the others' turn
+                if not request.empty:
+                    self.requests.append(request)
+            elif request.chunked and start < len(data):  # chunks of a byte take milliseconds: others go first
                 self.server.mark(self)
                 break
         self._unparsed = data[start:]
@@ -1964,7 +1985,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             self.server.add_task(self)
 
     def conclude(self) -> None:
-        """Draws the consequences of how the request in hand ended, if it has."""
+        """Acts on how the request in hand ended, if it has."""
         ended, self._ended = self._ended, ""
         if not ended:
             return
@@ -1987,8 +2008,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.requests[0].refuse(error)
 
     def drop_requests(self) -> None:
-        for request in [*self.requests, *([self.request] if self.request is not None else [])]:
-            request.close()
+        for request in (*self.requests, self.request):
+            if request is not None:
+                request.close()
         self.requests, self.request, self._unparsed = [], None, b""
 
     # The loop: what goes out
@@ -2109,7 +2131,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self._ticked_at = time.monotonic()
         self._bodies = self._replies = 0  # bytes that all channels hold
         self._listening = True
-        self._events = 0  # in this turn
+        self._events = 0  # of the last poll
         most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = max(16, min(CONNECTION_LIMIT, most_files - RESERVED_FILES - 2 * threads))
         self._full = Outage("connections", "%s: %s; closing the idle ones", "%s: below the limit again after %.1f s")
@@ -2151,7 +2173,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self.socket = None
         over = False
         while self._in_hand() and not over:
-            over = time.monotonic() > deadline  # asked before the step: who is given up gets the answer, however late
+            over = time.monotonic() > deadline  # before the step: in the last one those that are given up get an answer
             if time.monotonic() > deadline - ANSWER_SECONDS:
                 self.commits.give_up_late(0)
             self.step(0.05)
@@ -2159,12 +2181,12 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         log.info("stopped; %d requests and %d lines were left without an answer", self._in_hand(), left)
 
     def step(self, seconds: float) -> None:
-        """One turn of the loop."""
+        """One iteration of the loop."""
         events = self._epoll.poll(0 if self._quick or self._changed else seconds)
         self._events = len(events)
         for part, flags in [(self._parts.get(descriptor), flags) for descriptor, flags in events]:
             if isinstance(part, Channel):
-                if part.socket is not None:  # closed in this turn; its descriptor may be another's by now
+                if part.socket is not None:  # else closed in this iteration; its descriptor may be another's by now
                     self._guarded(self._handle, part, flags)
             elif part is not None:
                 waitress.wasyncore.readwrite(part, flags)
@@ -2194,7 +2216,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
             channel.handle_close()
 
     def attend(self, channel: Channel) -> None:
-        """Goes on with a channel to which something has happened."""
+        """Takes the next steps of a channel to which something has happened."""
         channel.conclude()
         if channel.socket is None:
             return channel.drop_requests() if not channel.busy else None
@@ -2210,7 +2232,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         for channel in self._channels():
             self._guarded(Channel.check_time, channel, now)
         if slowest := self._places.give_way():
-            slowest.cut_off(f"it read {slowest.pace:,.0f} bytes/s, the slowest, and another export waits for its place")
+            slowest.cut_off(f"it read {slowest.pace:,.0f} bytes/s, the slowest, and another export was refused")
         if len(self.active_channels) < self._most * 0.9:
             self._full.end()
         self._listen(True)
@@ -2254,7 +2276,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     # Connections and epoll
 
     def handle_accept(self) -> None:
-        """One at a time leaves some for the other workers; but a turn of a busy loop is long, and many may wait."""
+        """One at a time leaves some for the other workers; but a busy loop comes here rarely, and many may wait."""
         for _ in range(1 + self._events // 4):
             if self.accepting and self._listening:
                 self._accept_one()
@@ -2313,7 +2335,8 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     # Memory
 
     def _count(self, channel: Channel) -> None:
-        """Keeps within the budgets for bodies and replies: whoever has held the most for the longest gives way."""
+        """Keeps within the budgets for bodies and replies: the one that has held the most for the longest is refused,
+        or cut off."""
         self._count_as(channel, channel.held())
         if self._bodies > BODIES_BYTES:
             holding = [one for one in self._channels() if one.holds[0] and not one.busy]
@@ -2330,9 +2353,8 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         channel.holds = holds
 
     def _refuse_body(self, channel: Channel) -> None:
-        if (
-            channel.request is None and not channel.requests
-        ):  # what it holds stands behind a reply that it does not take
+        if channel.request is None and not channel.requests:
+            # What it holds stands behind a reply that it does not take
             return channel.cut_off("it sent requests and did not take their replies")
         channel.refuse(Refusal(falcon.HTTP_503, "Too many unfinished bodies; nothing was stored, send it again"))
         self._count_as(channel, channel.held())
@@ -2374,11 +2396,17 @@ def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket,
     """WORKERS processes on one listening socket; one that dies is replaced."""
     alive, parent_end = os.pipe()  # only the parent holds the writing end: workers see it closed when the parent dies
     workers: set[int] = set()
+    starting = Outage("starting a worker", "%s fails: %s; trying again", "%s works again after %.1f s")
     while not signals:
         for pid in ended(workers):
             log.error("worker %d died; starting another", pid)
         while len(workers) < settings.workers:
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:  # too many processes, or no memory: those that are there serve on
+                starting.begin(error.strerror)
+                break
+            starting.end()
             if not pid:
                 os.close(parent_end)
                 work(settings, conninfo, listener, signals, alive)

@@ -331,9 +331,14 @@ def access_list(descriptor: int) -> bytes:
 
 def lines_of(folder: Folder, part: Part) -> Iterator[bytes]:
     """Raises Unusable for a compressed part that is broken, and where another file has come to its name."""
-    with open(part.name, "rb", opener=folder.open) as file:
+    gone = Unusable(f"{part.path} was renamed, replaced or deleted meanwhile; try again")
+    try:
+        file = open(part.name, "rb", opener=folder.open)  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise gone from error
+    with file:
         if identity(os.fstat(file.fileno())) != part.identity:
-            raise Unusable(f"{part.path} was renamed or replaced meanwhile; run this again")
+            raise gone
         try:
             lines = gzip.GzipFile(fileobj=file) if part.compressed else file
             yield from iter(lambda: lines.readline(LINE_BYTES), b"")
@@ -1213,22 +1218,22 @@ def verify(settings: Settings, date_from: str = EPOCH, date_to: str = "") -> int
                 if not stored or not shared or not matches(shared, stored):
                     raise Difference(f"after {count} equal records {describe(stored, shared)}")
                 count += 1
+        verdict, status = f"equal: {count} records", 0
     except Difference as difference:
-        print(f"not equal: {difference}")
+        verdict, status = f"not equal: {difference}", 1
     except (*UNREACHABLE, Missing) as error:
-        print(f"cannot compare: {error}")
-    else:
-        if source.kept_from:
-            print(f"compared from {source.kept_from} on: the database has deleted what was before")
-        print(f"equal: {count} records")
-        return 0
-    return 1
+        verdict, status = f"cannot compare: {error}", 1
+    if source.kept_from:
+        print(f"compared from {source.kept_from} on: the database has deleted what was before")
+    print(verdict)
+    return status
 
 
 def describe(stored: bytes, shared: bytes) -> str:
     in_database, in_file = (created_of(line) or "the end" for line in (stored, shared))  # which sorts after any time
     if in_database < in_file:
-        return f"the file lacks {shown(stored)}"
+        still = "" if shared else " (its end: where exporters run, they may not have written it yet)"
+        return f"the file lacks {shown(stored)}{still}"
     if in_file < in_database:
         return f"the database lacks {shown(shared)}"
     return f"a record differs: file {shown(shared)} database {shown(stored)}"
@@ -1498,7 +1503,7 @@ def run(exporter: Exporter, signals: int) -> int:
                 say_progress(exporter, exporter.written - said, time.monotonic() - said_at)
                 said, said_at = exporter.written, time.monotonic()
     except Interrupted:
-        pass
+        pass  # by a signal: what was being fetched can be fetched again
     except TooLate as error:
         log.error("%s", error)
         status = 1

@@ -4,7 +4,7 @@
 
 The way of a line:
   1. A source has it: the generating threads, standard input, or files that are followed (SOURCE).
-  2. `journal_line` makes it `IP METHOD URI STATUS`, whichever log format it came in.
+  2. It is joined, if it came in pieces; `journal_line` makes it `IP METHOD URI STATUS`, whatever its format.
   3. The source is flushed to disk; .source says, durably, which of its bytes become which bytes of the journal.
   4. The line is appended to LOG_FILE, under the mutex; its id is this start's identity and its byte offset.
   5. The courier flushes the journal to disk and POSTs the line with its neighbours; unanswered, they are sent again.
@@ -1463,14 +1463,37 @@ def bases_of(path: str) -> tuple[str, ...]:
     return tuple(os.path.join(folder, base) for base in (*bases, *([plain] if plain != name else [])))
 
 
+def suffix_of(path: str, base: str) -> str | None:
+    """What a rotation put behind the name of `base`, or before its ending; None if the file is no part of it.
+
+    access.log.1, access.log-20260101.gz and, with its date inside, access-20260101.log are parts of access.log.
+    """
+    (folder, name), (base_folder, base_name) = os.path.split(path), os.path.split(base)
+    stem, dot, ending = base_name.partition(".")
+    if folder != base_folder or not name.startswith(stem):
+        return None
+    plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), ""))
+    if plain.startswith(base_name) and (NUMBERED.fullmatch(plain, len(base_name)) or base_name == plain != name):
+        return plain[len(base_name) + 1 :]
+    inside = plain.removesuffix(dot + ending)
+    return inside[len(stem) + 1 :] if DATED.fullmatch(inside, len(stem)) else None
+
+
 def is_rotated(path: str, base: str) -> bool:
-    """access.log.1, access.log-20260101.gz and, with its date inside, access-20260101.log are parts of access.log."""
-    if base in bases_of(path):
-        return True
-    folder, name = os.path.split(path)
-    stem, dot, ending = os.path.basename(base).partition(".")
-    plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), "")).removesuffix(dot + ending)
-    return name.startswith(stem) and folder == os.path.dirname(base) and bool(DATED.fullmatch(plain, len(stem)))
+    return suffix_of(path, base) is not None
+
+
+def in_order(members: Iterable[tuple[int, str, str, int]]) -> list[tuple[int, str, int]]:
+    """The oldest first, from (time stamp, suffix, path, inode): numbers count up with age, dates go with time.
+
+    Time stamps tell where the names do not; one that was compressed may have any.
+    """
+    known = sorted(members)
+    if all(re.fullmatch("[0-9]{1,4}", suffix) for _, suffix, _, _ in known):
+        known.sort(key=lambda one: -int(one[1]))
+    elif all(re.match("(19|20)[0-9]{2}|[0-9]{9}", suffix) for _, suffix, _, _ in known):
+        known.sort(key=lambda one: one[1])
+    return [(modified, path, inode) for modified, _, path, inode in known]
 
 
 def open_regular(path: str) -> int:
@@ -1498,17 +1521,150 @@ def open_member(path: str, head: bytes = b"") -> tuple[int, bool]:
         return os.dup(unpacked.fileno()), True
 
 
+class Rotation:
+    """What there is of a rotation's files beside the one at the path, whatever it is called by now.
+
+    What decides whether a file is one that was read is its content:
+      * renamed: it has the inode, and at its beginning and before the offset the bytes that were read
+      * copied and truncated, or compressed: these bytes, under another inode, and in a name that a rotation makes
+      * compressed after it was read: the size and checksum of one that was deleted, or is not looked at any more
+      * never seen, as there were two rotations between two looks: its name, and that it is newer than the last one
+    """
+
+    def __init__(self, path: str, journal: Journal) -> None:
+        self.path = path
+        self._journal = journal
+        self._told: set[str] = set()  # files that cannot be read
+
+    def open_at_path(self) -> OpenFile:
+        file = open_regular(self.path)
+        try:
+            return OpenFile(file, self._state_of(file, os.path.realpath(self.path)))
+        except OSError:
+            os.close(file)
+            raise
+
+    def find(self, state: FileState, taken: set[int], by_inode: bool = False) -> OpenFile | None:
+        """The file of that state, by its inode or, copied or compressed, by its content alone."""
+        head = state.head.encode("latin-1")
+        is_packed = state.path.endswith(COMPRESSED)
+        for _ in range(2):  # a rename may hide it from one look
+            for path, inode in self._candidates(state):
+                same = inode == state.inode and path.endswith(COMPRESSED) == is_packed  # numbers are used again
+                by_content = not by_inode and state.offset and (state.head or state.head_crc)
+                if inode in taken or not (same or by_content):
+                    continue
+                try:
+                    file, final = open_member(path, head)
+                except (OSError, EOFError, zlib.error, ValueError):  # gone again, or not readable: it is not found
+                    continue
+                another = state.left_at and not state.offset and os.fstat(file).st_mtime_ns != state.modified
+                if is_same(file, state) and not another:  # it was empty: by its time it is read in the right order
+                    return OpenFile(file, replace(state, inode=inode, path=path), final)
+                os.close(file)
+        return None
+
+    def members_since(
+        self, state: FileState, known: Sequence[OpenFile], until: float = float("inf")
+    ) -> list[tuple[int, str, int]]:
+        """Time stamps, paths and inodes of the rotation's files that are newer than this one, and not known."""
+        found, inodes = [], {one.state.inode for one in known}
+        since = state.modified + (not state.offset)  # time stamps are coarse: one that was never read is newer than all
+        for entry in self._entries(state):
+            with suppress(FileNotFoundError):
+                status = entry.stat()
+                packed = entry.name.endswith(COMPRESSED)
+                newer = (since // SECOND * SECOND if packed else since) <= status.st_mtime_ns <= until
+                unknown = status.st_ino not in inodes
+                suffix = self._suffix(entry.path, state) if newer and unknown and entry.is_file() else None
+                if suffix is not None:
+                    found.append((status.st_mtime_ns, suffix, entry.path, status.st_ino))
+        return in_order(found)
+
+    def opened(self, members: Sequence[tuple[int, str, int]], known: Sequence[OpenFile]) -> list[OpenFile]:
+        """Those that were never the newest when we looked, and were not read either, in their order. Raises OSError."""
+        read = [(one.size, one.crc) for one in self._journal.finished.get(self.path, ())]
+        for one in known if any(path.endswith(".gz") for _, path, _ in members) else ():
+            if one.is_deleted:
+                size = os.fstat(one.file).st_size
+                read.append((size, crc_of(one.file, 0, size) or 0))
+        opened = (self._open_between(*one, read) for one in members)
+        return [one for one in opened if one]
+
+    def _state_of(self, file: int, path: str) -> FileState:
+        """Of one that nobody looks at. It may have been read before: a link was switched back, or it was touched."""
+        status = os.fstat(file)
+        fresh = FileState(status.st_ino, path, modified=status.st_mtime_ns)
+        for one in reversed(self._journal.finished.get(self.path, ())):
+            if one.inode == status.st_ino and crc_of(file, 0, one.size) == one.crc:
+                return replace(fresh, offset=one.size, base=one.size)
+        return fresh
+
+    def _candidates(self, state: FileState) -> list[tuple[str, int]]:
+        """Paths and inodes: any file of that inode first; then what may be a copy, the oldest first.
+
+        A copy is newer than what was read, by the time stamp that it may have kept, to the second. What has compressed
+        it may have left any: those come last.
+        """
+        found = []
+        for entry in self._entries(state):
+            with suppress(FileNotFoundError):
+                inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
+                older = modified < state.modified // SECOND * SECOND
+                member = self._suffix(entry.path, state) is not None
+                copied = member and (not older or entry.name.endswith(".gz"))
+                copied |= entry.path == os.path.realpath(self.path)
+                ours = self._journal.owns(entry.path)  # plain lines are the same there
+                if entry.is_file() and not ours and (inode == state.inode or copied):
+                    found.append((inode != state.inode, older, modified, entry.path, inode))
+        return [(path, inode) for *_, path, inode in sorted(found)]
+
+    def _entries(self, state: FileState) -> list[os.DirEntry[str]]:
+        """Where its files may be: beside the target of a link, of today's and of that time's."""
+        paths = (state.path or self.path, os.path.realpath(self.path), self.path)
+        folders = dict.fromkeys(os.path.realpath(os.path.dirname(path) or ".") for path in paths)
+        return [entry for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)]
+
+    def _suffix(self, path: str, state: FileState) -> str | None:
+        """What a rotation put behind a name that this source has, or had; None if it is no part of it."""
+        names = {os.path.basename(one) for one in (self.path, os.path.realpath(self.path), state.path) if one}
+        found = (suffix_of(path, os.path.join(os.path.dirname(path), name)) for name in sorted(names, key=len))
+        return next((suffix for suffix in found if suffix is not None), None)
+
+    def _open_between(self, modified: int, path: str, inode: int, read: list[tuple[int, int]]) -> OpenFile | None:
+        """`read` has size and checksum of files that are known: each may have become one compressed one since then."""
+        plain = path.removesuffix(next(filter(path.endswith, COMPRESSED), ""))
+        if plain != path and os.path.exists(plain):
+            return None
+        if path.endswith(COMPRESSED[1:]):
+            self._tell_unreadable(path, "it is compressed")
+            return None
+        try:
+            file, final = open_member(path)
+        except (OSError, EOFError, zlib.error) as error:
+            self._tell_unreadable(path, str(error))
+            return None
+        size = os.fstat(file).st_size
+        if final and size in dict(read) and (one := (size, crc_of(file, 0, size) or 0)) in read:
+            read.remove(one)
+            os.close(file)
+            return None
+        state = FileState(inode, path, modified=modified) if final else self._state_of(file, path)
+        return OpenFile(file, state, final)
+
+    def _tell_unreadable(self, path: str, why: str) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            log.error("%s: %d bytes of it in %s cannot be read (%s); unpack them and deliver them with SOURCE=-",
+                      self.path, os.path.getsize(path), path, why)  # fmt: skip
+
+
 class FollowedFile:
     """One path of SOURCE: the file that is there, those that were renamed from there, and whatever becomes of them.
 
     Files of a rotation are read in their order: a newer one when the one before has been quiet. A renamed one stays
-    open for an hour, as its writer may go on. What decides whether a file is the one that was read is its content:
-      * renamed: it has the inode, and at its beginning and before the offset the bytes that were read
-      * copied and truncated, or compressed: these bytes, under another inode, in a name that a rotation makes
-      * compressed when it was read already: the size and checksum of a deleted one, or one of the last that were left
-      * edited, or cut by a power cut: it begins as the one that was read; marks and journal tell where they part
-      * never seen, as there were two rotations between two looks: its name, and that it is newer than the last one
-      * gone: that is said, with what is known
+    open for an hour, as its writer may go on. One that is no longer what was read of it is read on where the two part,
+    and what is gone is said.
     """
 
     def __init__(self, path: str, journal: Journal, pattern: str = "") -> None:
@@ -1516,8 +1672,8 @@ class FollowedFile:
         self.files: list[OpenFile] = []  # the newest last
         self.said = ""  # why it cannot be read
         self._journal = journal
+        self._rotation = Rotation(path, journal)
         self._parser = Parser(path, pattern)
-        self._told: set[str] = set()  # files that cannot be read
         self._syncs = True
         self._gone_since = float("inf")
 
@@ -1613,7 +1769,7 @@ class FollowedFile:
     def _part(self, index: int) -> None:
         """A file is no longer what was read of it. If a copy of that is beside it, that is read to its end first."""
         one = self.files[index]
-        if copy := self._find(one.state, {other.state.inode for other in self.files}):
+        if copy := self._rotation.find(one.state, {other.state.inode for other in self.files}):
             copy.state = replace(copy.state, left_at=time.time())
             status = os.fstat(one.file)
             fresh = FileState(status.st_ino, one.state.path, modified=status.st_mtime_ns)
@@ -1645,16 +1801,16 @@ class FollowedFile:
         for by_inode in (True, False):  # first, so that none takes another one's file for a copy of its own
             for n, state in enumerate(known):
                 taken = {one.state.inode for one in found if one}
-                found[n] = found[n] or self._find(state, taken, by_inode)
+                found[n] = found[n] or self._rotation.find(state, taken, by_inode)
         files, between = [one for one in found if one], []
         try:
             if not known:
-                files = [self._open_at_path()]
+                files = [self._rotation.open_at_path()]
             elif not found[-1]:
                 files.append(self._changed(known[-1]))
             if since := missed_since(known, found, files[-1].state):
-                members = self._members_since(since, files, until=self._modified(files[-1]))
-                files[-1:-1] = between = self._opened(members, files)
+                members = self._rotation.members_since(since, files, until=self._modified(files[-1]))
+                files[-1:-1] = between = self._rotation.opened(members, files)
         except OSError:
             for one in files:
                 one.close()
@@ -1670,23 +1826,6 @@ class FollowedFile:
         self.files = files
         self._keep()
 
-    def _open_at_path(self) -> OpenFile:
-        file = open_regular(self.path)
-        try:
-            return OpenFile(file, self._state_of(file, os.path.realpath(self.path)))
-        except OSError:
-            os.close(file)
-            raise
-
-    def _state_of(self, file: int, path: str) -> FileState:
-        """Of one that nobody looks at. It may have been read before: a link was switched back, or it was touched."""
-        status = os.fstat(file)
-        fresh = FileState(status.st_ino, path, modified=status.st_mtime_ns)
-        for one in reversed(self._journal.finished.get(self.path, ())):
-            if one.inode == status.st_ino and crc_of(file, 0, one.size) == one.crc:
-                return replace(fresh, offset=one.size, base=one.size)
-        return fresh
-
     def _modified(self, newest: OpenFile) -> float:
         """What is newer than this file follows it, if it was renamed; nothing does if it is still in its place."""
         with suppress(FileNotFoundError):
@@ -1696,7 +1835,7 @@ class FollowedFile:
 
     def _changed(self, state: FileState) -> OpenFile:
         """The newest file is not there as it was: what is at the path goes on from where they part. Raises OSError."""
-        at_path = self._open_at_path()
+        at_path = self._rotation.open_at_path()
         parting = parted(at_path.file, state, self._journal, self._parser)
         if parting.offset:
             at_path.state = replace(parting, path=at_path.state.path)
@@ -1712,67 +1851,19 @@ class FollowedFile:
             f", and so are {begun} of them, of a line that had not ended" if begun else "",
         )
 
-    def _find(self, state: FileState, taken: set[int], by_inode: bool = False) -> OpenFile | None:
-        """The file of that state, by its inode or, copied or compressed, by its content alone."""
-        head = state.head.encode("latin-1")
-        is_packed = state.path.endswith(COMPRESSED)
-        for _ in range(2):  # a rename may hide it from one look
-            for path, inode in self._candidates(state):
-                same = inode == state.inode and path.endswith(COMPRESSED) == is_packed  # numbers are used again
-                by_content = not by_inode and state.offset and (state.head or state.head_crc)
-                if inode in taken or not (same or by_content):
-                    continue
-                try:
-                    file, final = open_member(path, head)
-                except (OSError, EOFError, zlib.error, ValueError):  # gone again, or not readable: it is not found
-                    continue
-                if is_same(file, state):
-                    return OpenFile(file, replace(state, inode=inode, path=path), final)
-                os.close(file)
-        return None
-
-    def _candidates(self, state: FileState) -> list[tuple[str, int]]:
-        """Paths and inodes: any file of that inode first; then what may be a copy, the oldest first.
-
-        A copy is newer than what was read, by the time stamp that it may have kept, to the second. What has compressed
-        it may have left any: those come last.
-        """
-        found = []
-        for entry in self._entries(state):
-            with suppress(FileNotFoundError):
-                inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
-                older = modified < state.modified // SECOND * SECOND
-                copied = self._is_member(entry.path, state) and (not older or entry.name.endswith(".gz"))
-                copied |= entry.path == os.path.realpath(self.path)
-                ours = self._journal.owns(entry.path)  # plain lines are the same there
-                if entry.is_file() and not ours and (inode == state.inode or copied):
-                    found.append((inode != state.inode, older, modified, entry.path, inode))
-        return [(path, inode) for *_, path, inode in sorted(found)]
-
-    def _entries(self, state: FileState) -> list[os.DirEntry[str]]:
-        """Where its files may be: beside the target of a link, of today's and of that time's."""
-        paths = (state.path or self.path, os.path.realpath(self.path), self.path)
-        folders = dict.fromkeys(os.path.realpath(os.path.dirname(path) or ".") for path in paths)
-        return [entry for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)]
-
-    def _is_member(self, path: str, *states: FileState) -> bool:
-        names = {os.path.basename(one) for one in (self.path, os.path.realpath(self.path), *(s.path for s in states))}
-        folder = os.path.dirname(path)
-        return any(is_rotated(path, os.path.join(folder, name)) for name in names if name)
-
     def _look_for_newer(self) -> None:
         """Another file is at the path: it, and those that were there between, follow the newest one. Raises OSError."""
         newest = self.files[-1]
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(newest.file)):
                 return
-            at_path = self._open_at_path()
+            at_path = self._rotation.open_at_path()
         except FileNotFoundError:  # renamed, and the new one is not there yet
             return
         modified = newest.state.modified or os.fstat(newest.file).st_mtime_ns
         try:
-            members = self._members_since(replace(newest.state, modified=modified), [*self.files, at_path])
-            between = self._opened(members, [*self.files, at_path])
+            members = self._rotation.members_since(replace(newest.state, modified=modified), [*self.files, at_path])
+            between = self._rotation.opened(members, [*self.files, at_path])
         except OSError:
             at_path.close()
             raise
@@ -1788,59 +1879,6 @@ class FollowedFile:
             one.state = replace(one.state, left_at=now)
         self.files += [*between, at_path]
         self._forget_old()
-
-    def _members_since(
-        self, state: FileState, known: Sequence[OpenFile], until: float = float("inf")
-    ) -> list[tuple[int, str, int]]:
-        """Time stamps, paths and inodes of the rotation's files that are newer than this one, and not known."""
-        found, inodes = [], {one.state.inode for one in known}
-        since = state.modified + (not state.offset)  # time stamps are coarse: one that was never read is newer than all
-        for entry in self._entries(state):
-            with suppress(FileNotFoundError):
-                status = entry.stat()
-                packed = entry.name.endswith(COMPRESSED)
-                newer = (since // SECOND * SECOND if packed else since) <= status.st_mtime_ns <= until
-                unknown = status.st_ino not in inodes
-                if newer and unknown and entry.is_file() and self._is_member(entry.path, state):
-                    found.append((status.st_mtime_ns, entry.path, status.st_ino))
-        return sorted(found)
-
-    def _opened(self, members: Sequence[tuple[int, str, int]], known: Sequence[OpenFile]) -> list[OpenFile]:
-        """Those that were never the newest when we looked, and were not read either, in their order. Raises OSError."""
-        read = [(one.size, one.crc) for one in self._journal.finished.get(self.path, ())]
-        for one in known if any(path.endswith(".gz") for _, path, _ in members) else ():
-            if one.is_deleted:
-                size = os.fstat(one.file).st_size
-                read.append((size, crc_of(one.file, 0, size) or 0))
-        opened = (self._open_between(*one, read) for one in members)
-        return [one for one in opened if one]
-
-    def _open_between(self, modified: int, path: str, inode: int, read: list[tuple[int, int]]) -> OpenFile | None:
-        """`read` has size and checksum of files that are known: each may have become one compressed one since then."""
-        plain = path.removesuffix(next(filter(path.endswith, COMPRESSED), ""))
-        if plain != path and os.path.exists(plain):
-            return None
-        if path.endswith(COMPRESSED[1:]):
-            self._tell_unreadable(path, "it is compressed")
-            return None
-        try:
-            file, final = open_member(path)
-        except (OSError, EOFError, zlib.error) as error:
-            self._tell_unreadable(path, str(error))
-            return None
-        size = os.fstat(file).st_size
-        if final and size in dict(read) and (one := (size, crc_of(file, 0, size) or 0)) in read:
-            read.remove(one)
-            os.close(file)
-            return None
-        state = FileState(inode, path, modified=modified) if final else self._state_of(file, path)
-        return OpenFile(file, state, final)
-
-    def _tell_unreadable(self, path: str, why: str) -> None:
-        if path not in self._told:
-            self._told.add(path)
-            log.error("%s: %d bytes of it in %s cannot be read (%s); unpack them and deliver them with SOURCE=-",
-                      self.path, os.path.getsize(path), path, why)  # fmt: skip
 
     def _forget_old(self) -> None:
         """A renamed file is closed after an hour; also at once if the clock was set back, as it has been quiet.

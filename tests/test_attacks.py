@@ -353,6 +353,35 @@ def test_who_pipelines_and_does_not_read_takes_no_room_from_others(backend: Back
 CLOSE_AT_ONCE = b"GET /api/health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
+# Requests of a few KB that cost more than thousands of usual ones
+SMALL_AND_EXPENSIVE = {
+    "empty lines": post("\n" * 4_096, kind="text/plain"),
+    "lines of a letter": post("a\n" * 2_048, kind="text/plain"),
+    "numbers": post("[" + "0," * 2_046 + "0]"),
+    "headers": request("GET /api/health HTTP/1.1", *(f"a{n}:b" for n in range(3_500))),
+}
+
+
+@pytest.mark.parametrize("what", SMALL_AND_EXPENSIVE)
+def test_a_hundred_who_pipeline_expensive_requests_hold_up_nobody(backend: Backend, twin: Backend, what: str) -> None:
+    kinds = ("POST", "readyz", "health")
+    with neighbour(backend, twin, kinds, is_flood=True) as client, ExitStack() as stack:
+        for _ in range(100):
+            connection = stack.enter_context(connect(backend.url))
+            connection.setblocking(False)
+            with suppress(BlockingIOError):
+                connection.send(SMALL_AND_EXPENSIVE[what] * 3)
+        client.stay(5)
+
+
+@pytest.mark.parametrize(("count", "status"), [(100, 200), (101, 431)])
+def test_a_request_has_100_headers_at_most(backend: Backend, count: int, status: int) -> None:
+    more = [f"X-{n}: a" for n in range(count - 2)]
+    [answer] = exchange(backend.url, request("GET /api/health HTTP/1.1", CLOSE, *more))
+    assert answer.status == status
+    assert status == 200 or b"100 headers" in answer.body
+
+
 # ---- Large bodies ---------------------------------------------------------------------------------------------------
 
 

@@ -256,6 +256,19 @@ def test_what_the_connection_string_says_itself_goes_first(postgres: Postgres, s
     assert sessions == (2,)
 
 
+def test_another_table_of_the_name_in_the_search_path_takes_no_part(
+    postgres: Postgres, start_backend: StartBackend
+) -> None:
+    url = postgres.create_logs()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA others")
+        connection.execute("CREATE TABLE others.logs (id integer)")
+        connection.execute(f"ALTER DATABASE {connection.info.dbname} SET search_path = others, public".encode())
+    backend = start_backend(DATABASE_URL=url)
+    assert post(backend, new_item()).status_code == 201
+    assert len(backend.records()) == 1
+
+
 # ---- A statement that takes too long --------------------------------------------------------------------------------
 
 STORING_SESSIONS = """

@@ -271,6 +271,42 @@ def test_each_new_name_that_must_last_is_followed_by_an_fsync_of_its_folder(
         assert {happened[n + 1] for n in places} == {"folder"}
 
 
+def test_a_new_journal_is_on_disk_under_its_name_before_anything_is_noted_of_it(
+    monkeypatch: pytest.MonkeyPatch, journal: Path
+) -> None:
+    opened = client.open_journal(str(journal), client.Settings(rotate_bytes=65_536, keep_files=1))
+    opened.append([b"192.0.2.1 GET /1 200"] * 4000)
+    while lines := opened.pending(1000):
+        opened.acknowledge(lines)
+    happened: list[str] = []
+    fsync, move = os.fsync, os.replace
+
+    def note_fsync(file: int) -> None:
+        happened.append("folder" if os.path.isdir(f"/proc/self/fd/{file}") else "file")
+        fsync(file)
+
+    def note_replace(old: str, new: str) -> None:
+        happened.append(os.path.basename(new))
+        move(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    opened.rotate_if_due()
+    first = ["file", "logs.txt.journal", "folder"]  # all is delivered
+    assert happened == [*first, "logs.txt.1", "logs.txt", "folder", *first]
+
+
+def test_a_stale_position_is_not_behind_what_was_made_durable(journal: Path) -> None:
+    opened = client.open_journal(str(journal))
+    opened.append([b"192.0.2.1 GET /1 200"] * 10)
+    opened.acknowledge(opened.pending(7))
+    opened.make_durable(at_once=True)
+    identity = opened.state.spans[-1][1]
+    os.close(opened._file)
+    Path(f"{journal}.position").write_text(json.dumps({"identity": identity, "acknowledged": 21}))
+    assert len(client.open_journal(str(journal)).pending(10)) == 3
+
+
 FSYNC_FAILS_ONCE = """
 import os
 import client

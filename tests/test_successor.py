@@ -480,6 +480,9 @@ def test_an_exporter_that_comes_too_late_says_what_it_missed_and_ends(
     exporter = export(fake.data_url)
     assert_too_late(exporter, 19, 40)
     assert shared.read_bytes() == content
+    told = verify(fake.data_url, shared).splitlines()
+    assert told[0] == f"compared from {created(40)} on: the database has deleted what was before"
+    assert told[1].startswith("not equal: after 0 equal records the file lacks ")
     for file in shared.parent.iterdir():  # the way on that it names
         file.unlink()
     exporter = export(fake.data_url)
