@@ -86,7 +86,7 @@ lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict
 
 # Programs that the tests run, and Debian's packages that bring them; RUNLEVEL=1 keeps those from starting a service
 TEST_TOOLS := chromium:chromium logrotate:logrotate mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs nginx:nginx-light \
-  pgbouncer:pgbouncer
+  pgbouncer:pgbouncer promtool:prometheus
 
 .PHONY: test-tools
 test-tools:
@@ -119,27 +119,37 @@ bench-tools:
 
 .PHONY: update-swagger-ui
 update-swagger-ui: ## Renew the Swagger UI in static/ from npm: the newest 5.x, or VERSION=5.x.y
-	@VERSION=$(VERSION) sh static/update-swagger-ui.sh
+	@sh static/vendor.sh swagger-ui swagger-ui-dist@$(or $(VERSION),5) swagger-ui.css swagger-ui-bundle.js \
+	  swagger-ui-bundle.js.LICENSE.txt favicon-16x16.png favicon-32x32.png LICENSE NOTICE
+
+.PHONY: update-uplot
+update-uplot: ## Renew uPlot, which draws the overview's chart, likewise: the newest 1.x, or VERSION=1.x.y
+	@sh static/vendor.sh uplot uplot@$(or $(VERSION),1) dist/uPlot.iife.min.js dist/uPlot.min.css LICENSE
 
 .PHONY: clean
 clean: ## Remove environments and caches; data under var/ and volumes stay
 	@rm -rf .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis artifacts
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Printed for pip, which before 25.1 cannot install a pyproject.toml's lists without packaging the project
-PRINT_REQUIREMENTS = import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-  print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], sep="\n")
+# Versions and hashes of all that is installed: a lock for each of the image, `make run` and the tests
+.PHONY: update-locks
+update-locks: ## Renew locks/ after a change of pyproject.toml; UPGRADE=1 takes the newest of what it leaves open
+	@$(PYTHON) -m venv .venv-locks
+	@.venv-locks/bin/python -m pip install -q --disable-pip-version-check uv
+	@for lock in "backend" "embedded --extra embedded" "test --extra embedded --extra test"; do \
+	  .venv-locks/bin/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header \
+	    --annotation-style line $(if $(UPGRADE),--upgrade) -o locks/$${lock%% *}.txt \
+	    $$(echo "$$lock" | cut -s -d ' ' -f 2-) || exit 1; \
+	done
 
-$(RUN_READY): EXTRA := embedded
-$(TEST_READY): EXTRA := test
+$(RUN_READY): LOCK := locks/embedded.txt
+$(TEST_READY): LOCK := locks/test.txt
 $(TEST_READY): $(RUN_READY)
-$(RUN_READY) $(TEST_READY): pyproject.toml constraints.txt
+$(RUN_READY) $(TEST_READY): locks/embedded.txt locks/test.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "this needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -1)." \
 	    "Name another: make $(MAKECMDGOALS) PYTHON=python3.13" >&2; exit 1; }
-	@echo "installing what pyproject.toml names ($(EXTRA)) into $(VENV)"
+	@echo "installing $(LOCK) into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -c '$(PRINT_REQUIREMENTS)' $(EXTRA) >$(VENV)/requirements.txt
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check \
-	  -c constraints.txt -r $(VENV)/requirements.txt
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $(LOCK)
 	@touch $@

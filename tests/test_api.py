@@ -1005,6 +1005,17 @@ def test_accept_chooses_json_or_a_record_per_line(backend: Backend, accept: str,
     assert answer.content.endswith(b"\n")
 
 
+@pytest.mark.parametrize(("wanted", "accept"), [("ndjson", "application/json"), ("json", "application/x-ndjson")])
+def test_the_parameter_format_wins_over_accept_and_stays_in_next(backend: Backend, wanted: str, accept: str) -> None:
+    stored = store(backend)
+    answer = get(backend, headers={"Accept": accept}, date_from=stored["created"], format=wanted)
+    following = requests.get(next_of(answer), headers={"Accept": accept}, timeout=SECONDS)
+    for part in (answer, following):
+        assert part.headers["Content-Type"].endswith(wanted)
+        assert f"&format={wanted}" in part.headers["Link"]
+    assert_problem(get(backend, format="csv"), 400, "format", "json or ndjson")
+
+
 @pytest.fixture(scope="module")
 def large(start_here: Callable[..., Backend]) -> Backend:
     """A backend with 25,000 records."""
@@ -1057,7 +1068,7 @@ def test_a_reader_that_hangs_up_during_an_export_leaves_its_place_to_others(larg
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/api", "/api/data/", "/api/data/1", "/nothing", "/docs/assets/../../backend.py", "/%00"]
+    "path", ["/api", "/api/data/", "/api/data/1", "/nothing", "/docs/assets/../../backend.py", "/%00"]
 )
 def test_an_unknown_address_is_a_404(backend: Backend, path: str) -> None:
     assert_raw_problem(raw(backend, f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()), 404)
@@ -1079,7 +1090,7 @@ def test_a_method_that_an_address_does_not_know_is_a_405_with_those_it_knows(
 
 
 @pytest.mark.parametrize(
-    "path", ["/api/data", "/api/data?limit=1", "/api/health", "/readyz", "/docs", "/docs/openapi.json"]
+    "path", ["/", "/api/data", "/api/data?limit=1", "/api/health", "/readyz", "/docs", "/docs/openapi.json"]
 )
 def test_head_is_answered_as_get_without_the_body(backend: Backend, path: str) -> None:
     store(backend)
@@ -1167,8 +1178,8 @@ def test_with_the_token_data_is_given_and_taken(guarded: Backend, scheme: str) -
     assert get(guarded, headers=headers).json()[-1]["id"] == answer.json()["id"]
 
 
-@pytest.mark.parametrize("path", ["/api/health", "/readyz", "/docs", "/docs/openapi.json"])
-def test_health_and_documentation_need_no_token(guarded: Backend, path: str) -> None:
+@pytest.mark.parametrize("path", ["/", "/api/health", "/readyz", "/docs", "/docs/openapi.json"])
+def test_health_and_pages_need_no_token(guarded: Backend, path: str) -> None:
     assert requests.get(guarded.url + path, timeout=SECONDS).status_code == 200
 
 

@@ -24,6 +24,7 @@ import pytest
 import requests
 from harness import Backend, backend_with, children_of, cpu_seconds, is_running, kept_port, peak_memory_bytes, stop
 from raw_http import connect, exchange, post, read_answers, read_to_end, request, split_answers
+from scraping import refusals
 from waiting import wait_until
 
 SECONDS = 60
@@ -557,6 +558,7 @@ def test_who_reads_slowly_is_served_to_the_end_and_who_reads_nothing_is_cut_off(
             threading.Event().wait(0.05)
         backend.wait_for_line("cut off", 10)
         assert backend.printed.count("cut off") == 1
+        assert refusals(backend.url) == {"reader_stalled": 1}
         while piece := steady.recv(MIB):
             received += piece
         assert bytes(received).endswith(b"\r\n0\r\n\r\n")
@@ -631,6 +633,7 @@ def slowest_gives_way(backend: Backend, minute: float, count: int) -> None:
         assert [one.outcome for one in quick] == ["whole"] * 3
         assert [one.records for one in quick] == [count] * 3
         assert slow.outcome == "cut"
+        assert refusals(backend.url).keys() == {"export_places", "slowest_export"}
         assert backend.printed.count("cut off") == 1
 
 
@@ -666,12 +669,18 @@ def test_past_the_limit_of_connections_the_oldest_idle_ones_give_way(start_with:
             gone = [is_answered(connection) for connection in idle]
             assert gone == sorted(gone, reverse=True), "the oldest go first"
             assert 150 < sum(gone) < 390
-            lines = backend.printed[printed:].splitlines()
+            lines = told(backend, printed)
             assert len(lines) == 1, lines
             assert "connections" in lines[0]
-        wait_until(lambda: len(backend.printed[printed:].splitlines()) == 2, 10, "a line that says it is over")
+            assert refusals(backend.url)["connection_limit"] >= sum(gone)
+        wait_until(lambda: len(told(backend, printed)) == 2, 10, "a line that says it is over")
         client.stay(10)
-    assert len(backend.printed[printed:].splitlines()) == 2, backend.printed[printed:]
+    assert len(told(backend, printed)) == 2, backend.printed[printed:]
+
+
+def told(backend: Backend, start: int) -> list[str]:
+    """The lines that it printed since, but for its progress."""
+    return [line for line in backend.printed[start:].splitlines() if " lines stored (" not in line]
 
 
 def test_while_idle_connections_fill_the_limit_nothing_is_spun_on(start_with: StartBackend) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +12,8 @@ from typing import Any
 
 import pytest
 from fakes import FakeBackend
-from harness import Service, kept_port, line_of
+from harness import Service, line_of
+from nginx import running_nginx
 from waiting import wait_until
 
 import client
@@ -198,17 +196,9 @@ def test_a_file_of_an_unknown_form_is_told_once_with_an_example_and_a_hint(
 
 # ---- A real server --------------------------------------------------------------------------------------------------
 
-NGINX = """
-daemon off; master_process off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
-events {{ worker_connections 64; }}
-http {{
-  access_log {folder}/access.log combined;
-  client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder}; uwsgi_temp_path {folder};
-  scgi_temp_path {folder};
+JSON_LOG = """
   log_format json '{{"remote_addr":"$remote_addr","request":"$request","status":$status}}';
   access_log {folder}/json.log json;
-  server {{ listen 127.0.0.1:{port}; location / {{ return 200 "x"; }} }}
-}}
 """
 ODD_REQUESTS = [
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -238,26 +228,9 @@ ODD_REQUESTS = [
 @pytest.fixture
 def nginx(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """Its port, and the folder of its logs."""
-    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    assert program, "nginx is missing: apt-get install nginx-light"
     folder = tmp_path / "nginx"
-    folder.mkdir()
-    with kept_port() as place:
-        port = place.getsockname()[1]
-        (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=port))
-        process = subprocess.Popen([program, "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.PIPE)
-        try:
-            wait_until(lambda: is_listening(port) or process.poll() is not None, what="nginx")
-            yield port, folder
-        finally:
-            process.send_signal(signal.SIGQUIT)
-            _, said = process.communicate(timeout=20)
-            assert process.returncode == 0, said
-
-
-def is_listening(port: int) -> bool:
-    with socket.socket() as attempt:
-        return attempt.connect_ex(("127.0.0.1", port)) == 0
+    with running_nginx(folder, 'location / { return 200 "x"; }', JSON_LOG.format(folder=folder)) as port:
+        yield port, folder
 
 
 def test_every_line_that_a_real_nginx_writes_under_odd_traffic_is_one_that_the_backend_takes(

@@ -91,7 +91,7 @@ def test_the_document_and_the_backend_know_the_same_characters_in_each_field(pla
 
 def test_the_document_has_every_route_and_the_backend_has_every_path() -> None:
     unused: Any = None  # nothing is asked, so no database is needed
-    inspected = falcon.inspect.inspect_app(service.create_app(unused, unused, service.Settings()))
+    inspected = falcon.inspect.inspect_app(service.create_app(unused, unused, service.Settings(), unused))
     routes = {
         (route.path, method.method)
         for route in inspected.routes
@@ -104,9 +104,13 @@ def test_the_document_has_every_route_and_the_backend_has_every_path() -> None:
     assert routes == documented
 
 
-def test_the_document_names_every_file_of_the_documentation_page() -> None:
-    [parameter] = DOCUMENT["paths"]["/docs/assets/{file}"]["get"]["parameters"]
-    assert parameter["schema"]["enum"] == sorted(path.name for path in (ROOT / "static/swagger-ui").iterdir())
+@pytest.mark.parametrize(
+    ("path", "folders"), [("/docs/assets/{file}", ("swagger-ui",)), ("/overview/{file}", ("overview", "uplot"))]
+)
+def test_the_document_names_every_file_of_the_pages(path: str, folders: tuple[str, ...]) -> None:
+    [parameter] = DOCUMENT["paths"][path]["get"]["parameters"]
+    files = [file.name for folder in folders for file in (ROOT / "static" / folder).iterdir()]
+    assert parameter["schema"]["enum"] == sorted(files)
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/plain"])

@@ -413,7 +413,7 @@ def test_another_file_that_comes_in_a_rotation_is_not_appended_to(
     other.write_bytes(b"".join(everything[:10] if kind == "older" else everything[55:]))
     exporter = export(driver(tmp_path, "replaced.py", REPLACED_IN_A_ROTATION), ROTATE_BYTES=3_000, OTHER=other)
     told = "goes on to .*was one of them replaced by a copy" if kind == "older" else "another file has come to"
-    exporter.wait_for_line(f"shared file: .*{told}")
+    exporter.wait_for_line(f"shared file cannot be written: .*{told}")
     known = len(fake.requests)
     wait_until(lambda: len(fake.requests) > known + 3, what="more polls")
     assert shared.read_bytes() == other.read_bytes()

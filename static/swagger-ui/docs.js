@@ -1,7 +1,7 @@
 "use strict";
 
 SwaggerUIBundle({
-  url: "/docs/openapi.json",
+  url: new URL("docs/openapi.json", location).href, // relative: a proxy may serve this under a prefix
   dom_id: "#swagger-ui",
   deepLinking: true,
   validatorUrl: null, // no badge: it would send this server's address to someone else's
