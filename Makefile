@@ -86,7 +86,7 @@ lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict
 
 # Programs that the tests run, and Debian's packages that bring them; RUNLEVEL=1 keeps those from starting a service
 TEST_TOOLS := chromium:chromium logrotate:logrotate mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs nginx:nginx-light \
-  pgbouncer:pgbouncer
+  pgbouncer:pgbouncer promtool:prometheus
 
 .PHONY: test-tools
 test-tools:

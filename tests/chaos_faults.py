@@ -93,7 +93,7 @@ def shared_folder_struck(arena: Arena, pattern: str) -> Iterator[Callable[[], bo
 
 
 def has_outage(exporter: Slot) -> bool:
-    said = re.findall("background: shared file: (back after)?", exporter.service.printed)
+    said = re.findall(r"background\[\d+\]: shared file (?:cannot be written|(back after))", exporter.service.printed)
     return bool(said) and not said[-1]
 
 
@@ -427,7 +427,7 @@ def spoil_export_position(arena: Arena, strike: Strike) -> str:
 def bar_export_position(arena: Arena, strike: Strike) -> str:
     """It cannot be written: a folder is in its place. The file grows all the same, or waits if it is a new one."""
     position, bar = arena.file.with_name("data.txt.position"), arena.file.with_name("data.txt.position.new")
-    with shared_folder_struck(arena, "shared file: .*Is a directory") as said:
+    with shared_folder_struck(arena, "shared file cannot be written: .*Is a directory") as said:
         if not found(lambda: made(lambda: bar.mkdir()), poll=0.001):
             return ""
         try:
@@ -539,7 +539,7 @@ def fill_shared_names(arena: Arena, strike: Strike) -> str:
 
 def fill_for_exporters(arena: Arena, strike: Strike, fill: Callable[[Disk], None]) -> str:
     with (
-        shared_folder_struck(arena, "shared file: .*No space left") as said,
+        shared_folder_struck(arena, "shared file cannot be written: .*No space left") as said,
         filled(arena, arena.shared, fill) as is_full,
     ):
 

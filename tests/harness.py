@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVICES = [ROOT]  # the folder that services are started from: the last of these; sabotage.py puts broken copies there
 STORING_LOCK = "SELECT pg_advisory_xact_lock(7021961410472345601)"  # that of store_logs
 SERVICE_VARIABLES = re.compile(
-    "^(HOST|BACKEND_PORT|WORKERS|THREADS|LEVEL|DB_.*|DATABASE_URL|BACKEND_CORS_ORIGINS|API_TOKEN|RETENTION_DAYS|URL"
+    "^(HOST|BACKEND_PORT|WORKERS|THREADS|LEVEL|LOG_FORMAT|DB_.*|DATABASE_URL|BACKEND_CORS_ORIGINS|API_TOKEN|RETENTION_DAYS|URL"
     "|THREADS_AMOUNT|REQUEST_DELAY_LIMIT|LOG_FILE|SOURCE|SOURCE_PATTERN|BATCH_SIZE|DIRECTORY|FILE_NAME|REQUEST_DELAY|ROTATE_BYTES"
-    "|KEEP_FILES|METRICS_FILE|PG[A-Z]+)$"
+    "|KEEP_FILES|METRICS_FILE|LOG_FORMAT|PG[A-Z]+)$"
 )
 
 
@@ -348,7 +348,7 @@ class Backend(Service):
         port = 0 if "HOST" in settings else self._place.getsockname()[1]  # it is one of 127.0.0.1
         wanted: dict[str, Any] = {"HOST": "127.0.0.1", "BACKEND_PORT": port, "DATABASE_URL": database_url, **settings}
         super().__init__(script, output, **wanted)
-        self.url = self.wait_for_line(r"listening on (http://\S+)")[1]
+        self.url = self.wait_for_line(r"listening on (http://[^\s\"]+)")[1]
         self.data_url = f"{self.url}/api/data"
 
     def destroy(self) -> None:

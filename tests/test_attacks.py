@@ -24,6 +24,7 @@ import pytest
 import requests
 from harness import Backend, backend_with, children_of, cpu_seconds, is_running, kept_port, peak_memory_bytes, stop
 from raw_http import connect, exchange, post, read_answers, read_to_end, request, split_answers
+from scraping import refusals
 from waiting import wait_until
 
 SECONDS = 60
@@ -353,6 +354,35 @@ def test_who_pipelines_and_does_not_read_takes_no_room_from_others(backend: Back
 CLOSE_AT_ONCE = b"GET /api/health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
+# Requests of a few KB that cost more than thousands of usual ones
+SMALL_AND_EXPENSIVE = {
+    "empty lines": post("\n" * 4_096, kind="text/plain"),
+    "lines of a letter": post("a\n" * 2_048, kind="text/plain"),
+    "numbers": post("[" + "0," * 2_046 + "0]"),
+    "headers": request("GET /api/health HTTP/1.1", *(f"a{n}:b" for n in range(3_500))),
+}
+
+
+@pytest.mark.parametrize("what", SMALL_AND_EXPENSIVE)
+def test_a_hundred_who_pipeline_expensive_requests_hold_up_nobody(backend: Backend, twin: Backend, what: str) -> None:
+    kinds = ("POST", "readyz", "health")
+    with neighbour(backend, twin, kinds, is_flood=True) as client, ExitStack() as stack:
+        for _ in range(100):
+            connection = stack.enter_context(connect(backend.url))
+            connection.setblocking(False)
+            with suppress(BlockingIOError):
+                connection.send(SMALL_AND_EXPENSIVE[what] * 3)
+        client.stay(5)
+
+
+@pytest.mark.parametrize(("count", "status"), [(100, 200), (101, 431)])
+def test_a_request_has_100_headers_at_most(backend: Backend, count: int, status: int) -> None:
+    more = [f"X-{n}: a" for n in range(count - 2)]
+    [answer] = exchange(backend.url, request("GET /api/health HTTP/1.1", CLOSE, *more))
+    assert answer.status == status
+    assert status == 200 or b"100 headers" in answer.body
+
+
 # ---- Large bodies ---------------------------------------------------------------------------------------------------
 
 
@@ -528,6 +558,7 @@ def test_who_reads_slowly_is_served_to_the_end_and_who_reads_nothing_is_cut_off(
             threading.Event().wait(0.05)
         backend.wait_for_line("cut off", 10)
         assert backend.printed.count("cut off") == 1
+        assert refusals(backend.url) == {"reader_stalled": 1}
         while piece := steady.recv(MIB):
             received += piece
         assert bytes(received).endswith(b"\r\n0\r\n\r\n")
@@ -602,6 +633,7 @@ def slowest_gives_way(backend: Backend, minute: float, count: int) -> None:
         assert [one.outcome for one in quick] == ["whole"] * 3
         assert [one.records for one in quick] == [count] * 3
         assert slow.outcome == "cut"
+        assert refusals(backend.url).keys() == {"export_places", "slowest_export"}
         assert backend.printed.count("cut off") == 1
 
 
@@ -637,12 +669,18 @@ def test_past_the_limit_of_connections_the_oldest_idle_ones_give_way(start_with:
             gone = [is_answered(connection) for connection in idle]
             assert gone == sorted(gone, reverse=True), "the oldest go first"
             assert 150 < sum(gone) < 390
-            lines = backend.printed[printed:].splitlines()
+            lines = told(backend, printed)
             assert len(lines) == 1, lines
             assert "connections" in lines[0]
-        wait_until(lambda: len(backend.printed[printed:].splitlines()) == 2, 10, "a line that says it is over")
+            assert refusals(backend.url)["connection_limit"] >= sum(gone)
+        wait_until(lambda: len(told(backend, printed)) == 2, 10, "a line that says it is over")
         client.stay(10)
-    assert len(backend.printed[printed:].splitlines()) == 2, backend.printed[printed:]
+    assert len(told(backend, printed)) == 2, backend.printed[printed:]
+
+
+def told(backend: Backend, start: int) -> list[str]:
+    """The lines that it printed since, but for its progress."""
+    return [line for line in backend.printed[start:].splitlines() if " lines stored (" not in line]
 
 
 def test_while_idle_connections_fill_the_limit_nothing_is_spun_on(start_with: StartBackend) -> None:

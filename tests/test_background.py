@@ -291,7 +291,9 @@ def test_a_lock_file_removed_by_hand_while_it_is_held_lets_no_second_writer_in_a
     size = part.stat().st_size
     lock.unlink()
     fake.add(some_lines(100, "meanwhile"))
-    other.wait_for_line("turn: none for 1 s: another process has the folder .*data.txt.lock may have been removed")
+    other.wait_for_line(
+        "turn to write blocked: for 1 s another process has the folder .*data.txt.lock may have been removed"
+    )
     known = len(fake.requests)
     wait_until(lambda: len(fake.requests) > known + 20, what="more polls")
     assert part.stat().st_size == size
@@ -734,7 +736,7 @@ def test_a_backend_that_is_killed_and_comes_back_costs_nothing(
         instance = export(first, URL=proxy.data_url)
         assert_exported(first, file)
         kill(first)
-        instance.wait_for_line("WARNING.*backend")
+        instance.wait_for_line("WARNING.*backend unreachable")
         second = start_backend(DATABASE_URL=first.database_url)
         post_lines(second, some_lines(2000, "after"))
         proxy.upstream = second.url

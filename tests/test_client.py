@@ -448,7 +448,7 @@ def test_standard_input_ends_the_client_at_its_end_with_all_of_it_delivered_also
         assert client.process.stdin
         client.process.stdin.write("\n".join(lines).encode())  # the last line ends with the input
         client.process.stdin.close()
-        client.wait_for_line("not delivered")
+        client.wait_for_line("backend unreachable")
         assert client.process.poll() is None
         fake.listen()
         assert client.process.wait(30) == 0
@@ -753,7 +753,7 @@ def test_300_000_lines_without_a_backend_take_little_memory_and_sigterm_says_wha
         client = start("client.py", URL=fake.data_url, LOG_FILE=journal, SOURCE=source)
         size = source.stat().st_size
         wait_until(lambda: journal.exists() and journal.stat().st_size == size, 60, "all lines in the journal")
-        client.wait_for_line("not delivered")
+        client.wait_for_line("backend unreachable")
         peak = peak_memory_bytes(client.pid)
         assert peak < 100 * MIB, f"{peak / MIB:.0f} MiB"
         assert client.end() == 0

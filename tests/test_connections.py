@@ -18,6 +18,7 @@ import pytest
 import requests
 from harness import STORING_LOCK, Backend, Postgres, Service, driver
 from raw_http import connect, post, read_answers
+from scraping import refusals
 from waiting import wait_until
 
 SECONDS = 60
@@ -180,6 +181,8 @@ def test_while_all_places_for_large_exports_are_taken_only_large_exports_are_ref
             assert refused.headers["Retry-After"] == "1"
             assert "limit=4000" in refused.json()["detail"]
             assert "Link" not in refused.headers  # nothing was given, so nothing follows
+            assert refusals(url).keys() == {"export_places"}
+            assert backend.printed.count("places for large exports taken: all 16; answering 503") == 1
         finally:
             done.set()
         assert set.union(*(one.result(SECONDS) for one in small)) == {200}

@@ -204,7 +204,9 @@ def test_a_conflict_that_the_backend_reports_is_an_error_in_the_log_and_noted(
     other = {"ip": "192.0.2.1", "method": "GET", "uri": "/other", "status_code": 200}
     fake.stored[taken] = {"id": taken, "created": "2026-01-01T00:00:00.000000Z", "log": other}
     service = ship()
-    service.wait_for_line("ERROR client: the backend refuses the line at byte .*: This id belongs to another line")
+    service.wait_for_line(
+        r"ERROR client\[\d+\]: the backend refuses the line at byte .*: This id belongs to another line"
+    )
     settled(journal)
     assert [(note["id"], note["log"]) for note in notes(journal)] == [(taken, some_lines(3)[1])]
     assert len(fake.stored) == 3
@@ -269,6 +271,42 @@ def test_each_new_name_that_must_last_is_followed_by_an_fsync_of_its_folder(
         assert places
         assert {happened[n - 1] for n in places} == {"file"}
         assert {happened[n + 1] for n in places} == {"folder"}
+
+
+def test_a_new_journal_is_on_disk_under_its_name_before_anything_is_noted_of_it(
+    monkeypatch: pytest.MonkeyPatch, journal: Path
+) -> None:
+    opened = client.open_journal(str(journal), client.Settings(rotate_bytes=65_536, keep_files=1))
+    opened.append([b"192.0.2.1 GET /1 200"] * 4000)
+    while lines := opened.pending(1000):
+        opened.acknowledge(lines)
+    happened: list[str] = []
+    fsync, move = os.fsync, os.replace
+
+    def note_fsync(file: int) -> None:
+        happened.append("folder" if os.path.isdir(f"/proc/self/fd/{file}") else "file")
+        fsync(file)
+
+    def note_replace(old: str, new: str) -> None:
+        happened.append(os.path.basename(new))
+        move(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    opened.rotate_if_due()
+    first = ["file", "logs.txt.journal", "folder"]  # all is delivered
+    assert happened == [*first, "logs.txt.1", "logs.txt", "folder", *first]
+
+
+def test_a_stale_position_is_not_behind_what_was_made_durable(journal: Path) -> None:
+    opened = client.open_journal(str(journal))
+    opened.append([b"192.0.2.1 GET /1 200"] * 10)
+    opened.acknowledge(opened.pending(7))
+    opened.make_durable(at_once=True)
+    identity = opened.state.spans[-1][1]
+    os.close(opened._file)
+    Path(f"{journal}.position").write_text(json.dumps({"identity": identity, "acknowledged": 21}))
+    assert len(client.open_journal(str(journal)).pending(10)) == 3
 
 
 FSYNC_FAILS_ONCE = """
@@ -649,7 +687,7 @@ def test_an_answer_that_never_ends_takes_neither_memory_nor_for_ever(
     service = ship(driver(tmp_path, "impatient.py", IMPATIENT), URL=server.url)
     wait_until(lambda: server.posts >= 3, 30, "more attempts")
     server.close()
-    service.wait_for_line("not delivered: ")
+    service.wait_for_line("backend unreachable: ")
     assert peak_memory_bytes(service.pid) < 90 * MIB
 
 
@@ -680,15 +718,15 @@ def test_each_new_reason_of_an_outage_is_told_when_it_comes_and_where_a_redirect
     append(source, some_lines(10))
     fake.answer = refusal(503)
     service = ship()
-    service.wait_for_line("not delivered: answer 503")
+    service.wait_for_line("backend unreachable: answer 503")
     fake.answer = refusal(401)
-    service.wait_for_line("not delivered: answer 401")
+    service.wait_for_line("backend unreachable: answer 401")
     fake.answer = lambda _: Reply(301, b"", "text/html", {"Location": "https://new.example/api/data"})
-    service.wait_for_line("not delivered: answer 301 to 'https://new.example/api/data'")
+    service.wait_for_line("backend unreachable: answer 301 to 'https://new.example/api/data'")
     fake.answer = fake.serve
-    service.wait_for_line("delivering again")
+    service.wait_for_line("backend back after")
     assert service.end() == 0
-    assert service.printed.count("not delivered") == 3
+    assert service.printed.count("backend unreachable") == 3
 
 
 def test_a_refusal_is_told_when_it_comes_and_again_for_each_new_reason(

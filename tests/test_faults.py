@@ -624,7 +624,7 @@ def test_postgresql_may_crash_be_killed_and_be_restarted_under_load_and_all_heal
     deliver_rest(start, client)
     assert_equal_everywhere(journal, backend, shared)
     assert exporter.end() == 0
-    assert 3 <= backend.printed.count("works again after") <= 18, backend.printed  # a dying server may answer once more
+    assert 3 <= backend.printed.count("back after") <= 18, backend.printed  # a dying server may answer once more
 
 
 def test_readers_go_on_without_a_gap_or_a_copy_after_a_dump_was_restored_in_a_younger_postgresql(
@@ -774,7 +774,7 @@ def test_a_full_disk_under_the_journal_or_for_its_position_costs_no_line_and_mak
     wait_until(lambda: len(fake.stored) > 100 and position.exists(), SECONDS, "100 lines")
     if what == "room":
         disk.fill()
-        client.wait_for_line("cannot write to .*No space left on device; waiting")
+        client.wait_for_line("LOG_FILE .* cannot be written: .*No space left on device; retrying")
 
         def is_delivered() -> bool:
             lines = journal.read_bytes()  # at its end what fitted of one more may stand, until that is cut off
@@ -831,7 +831,7 @@ def test_a_full_disk_for_the_refused_lines_leaves_each_of_them_there_once_and_wh
     else:
         disk.fill_names()
     client = start(program, URL=backend.data_url, LOG_FILE=disk.folder / "logs.txt", SOURCE=tmp_path / "source")
-    client.wait_for_line("not delivered.*No space left")
+    client.wait_for_line("delivery held up: .*No space left")
     wait_until(lambda: not rejected.exists() or rejected.stat().st_size == 0, SECONDS, "the part that fitted to go")
     disk.make_room()
     with (tmp_path / "source").open("a") as file:

@@ -348,7 +348,7 @@ def test_a_database_that_lacks_characters_is_refused_in_one_line(
     assert "ENCODING 'UTF8'" in line
     backend = start_backend(DATABASE_URL=url)
     assert requests.post(backend.data_url, json={"log": "::1 GET /a 200"}, timeout=SECONDS).status_code == 503
-    backend.wait_for_line("storing fails: .*LATIN1.*ENCODING 'UTF8'")
+    backend.wait_for_line(r"database \(storing\) failing: .*LATIN1.*ENCODING 'UTF8'")
 
 
 def test_a_database_without_an_encoding_keeps_every_character(

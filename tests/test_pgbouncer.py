@@ -306,7 +306,7 @@ def test_a_statement_cancelled_for_its_time_is_no_outage(
     assert 2 <= seconds < 3.8  # there was no second try
     lines = backend.printed[printed:].splitlines()
     assert len(lines) == 1, lines
-    assert "works again" not in lines[0]
+    assert "back after" not in lines[0]
     assert backend.records("?limit=1")
     assert len(backend.printed[printed:].splitlines()) == 1  # nothing had to come back
     assert sessions(direct) == before

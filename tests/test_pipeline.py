@@ -125,13 +125,13 @@ def test_two_clients_two_backends_and_four_exporters_agree_after_one_of_each_was
     kill(backends[0])
     kill(exporters[1])
     grown(300)  # through the other one
-    clients[0].wait_for_line("not delivered", 60)
+    clients[0].wait_for_line("backend unreachable", 60)
     backends[0] = start_backend(DATABASE_URL=backends[1].database_url)
     proxies[0].upstream = backends[0].url
     exporters[1] = export(proxies[1].data_url)
     grown(300)
 
-    clients[0].wait_for_line("delivering again", 60)
+    clients[0].wait_for_line("backend back after", 60)
     assert [client.end() for client in clients] == [0, 0]
     for n in range(2):  # what a slow machine did not deliver in the 5 seconds after SIGTERM
         rest = start("client.py", URL=proxies[n].data_url, LOG_FILE=journals[n], SOURCE="-")

@@ -261,7 +261,7 @@ def test_what_is_counted_costs_a_part_of_what_its_records_cost(
     connection: psycopg.Connection[Any], filters: dict[str, Any]
 ) -> None:
     while connection.execute("SELECT counted_to_v1() < %s", [MIDDLE + DAY]).fetchall() == [(True,)]:
-        assert buffers(connection, COUNT_STEP, {}) <= 50_000 / 2
+        assert buffers(connection, COUNT_STEP, {}) <= 50_000
     window = {**NO_FILTER, **filters, "date_from": MIDDLE + HOUR / 7, "date_to": MIDDLE + DAY - HOUR / 7}
     records = records_of(connection, filters) / ROWS * DAY.total_seconds() if "ip" in filters else 0
     assert buffers(connection, STATS, window) <= DAY.total_seconds() / 60 + 2 * records + 2 * FIXED

@@ -127,7 +127,7 @@ def test_what_a_restored_database_lost_is_given_back_and_exported_again(
     assert_each_line_once_in_both(backend, lines, *files)
     assert shared.with_name("data.txt.cut").read_bytes().splitlines(keepends=True) == lost
     for exporter in exporters:
-        exporter.wait_for_line("database: back after")
+        exporter.wait_for_line("database back after")
     post_lines(backend, some_lines(10, "later"))
     assert_each_line_once_in_both(backend, lines + some_lines(10, "later"), *files)
     done = reconcile(backend.data_url, "--yes")

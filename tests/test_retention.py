@@ -355,9 +355,9 @@ def test_an_outage_of_the_database_is_told_and_retention_goes_on_after_it(
 ) -> None:
     backend = start_backend(script=retaining(tmp_path, DAY), DATABASE_URL=url, RETENTION_DAYS=1)
     connection.execute("ALTER FUNCTION delete_expired_v1 RENAME TO away")
-    backend.wait_for_line("WARNING backend: deleting expired records fails: function delete_expired_v1.*does not exist")
+    backend.wait_for_line(r"WARNING \S+ database \(retention\) failing: function delete_expired_v1.*does not exist")
     connection.execute("ALTER FUNCTION away RENAME TO delete_expired_v1")
-    backend.wait_for_line("deleting expired records works again after")
+    backend.wait_for_line(r"database \(retention\) back after")
     fill(url, 3, seconds_ago=2 * DAY)
     fill(url, 1)
     wait_until(lambda: count(connection) == 2, SECONDS, "the deletion")

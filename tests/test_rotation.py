@@ -413,7 +413,7 @@ def test_another_file_that_comes_in_a_rotation_is_not_appended_to(
     other.write_bytes(b"".join(everything[:10] if kind == "older" else everything[55:]))
     exporter = export(driver(tmp_path, "replaced.py", REPLACED_IN_A_ROTATION), ROTATE_BYTES=3_000, OTHER=other)
     told = "goes on to .*was one of them replaced by a copy" if kind == "older" else "another file has come to"
-    exporter.wait_for_line(f"shared file: .*{told}")
+    exporter.wait_for_line(f"shared file cannot be written: .*{told}")
     known = len(fake.requests)
     wait_until(lambda: len(fake.requests) > known + 3, what="more polls")
     assert shared.read_bytes() == other.read_bytes()
@@ -504,10 +504,11 @@ def test_verify_shows_a_line_that_is_no_text(fake: FakeBackend, export: Callable
     assert "/\\xff/2" in line
 
 
+@pytest.mark.parametrize("then", ["another one", "nothing"])
 def test_verify_says_that_a_file_was_renamed_meanwhile(
-    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path, then: str
 ) -> None:
-    """What is at its name then is another file, which lacks records."""
+    """What is at its name then lacks records."""
     fake.add(some_lines(5))
     exporter = export()
     assert_all_exported(fake, shared)
@@ -522,15 +523,16 @@ def find_and_rename(folder, name):
     parts = find(folder, name)
     path = os.path.join(folder.path, name)
     os.rename(path, f"{path}.1")
-    open(path, "w").close()
+    if os.environ["THEN"] == "another one":
+        open(path, "w").close()
     return parts
 
 background.find_parts = find_and_rename
 sys.exit(background.main(["verify"]))
 """
-    program = export(driver(tmp_path, "renamed.py", renamed))
+    program = export(driver(tmp_path, "renamed.py", renamed), THEN=then)
     assert program.process.wait(30) == 1
-    assert program.printed == f"cannot compare: {shared} was renamed or replaced meanwhile; run this again\n"
+    assert program.printed == f"cannot compare: {shared} was renamed, replaced or deleted meanwhile; try again\n"
 
 
 def test_a_file_that_was_compressed_beside_itself_and_emptied_is_followed_on(

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +32,7 @@ WRONG = {
         "WORKERS": ["0", "65"],
         "THREADS": ["1", "257"],
         "LEVEL": ["loud", "info,debug"],
+        "LOG_FORMAT": ["xml", "JSON"],
         "DB_HOST": ["two words"],
         "DB_PORT": ["0", "65536"],
         "DATABASE_URL": [
@@ -64,6 +64,8 @@ WRONG = {
         "BATCH_SIZE": ["0", "10001", "1e3"],
         "ROTATE_BYTES": ["65535", "-1", "1M"],
         "KEEP_FILES": ["-1", "1000", "all"],
+        "METRICS_FILE": ["metrics/", "logs.txt", "logs.txt.position"],
+        "LOG_FORMAT": ["xml", "JSON"],
         "API_TOKEN": ["hidden token"],
     },
     "background": {
@@ -72,6 +74,8 @@ WRONG = {
         "REQUEST_DELAY": ["0", "-1", "1.5", "10000000"],
         "ROTATE_BYTES": ["-1", "1MB", "1000000000000"],
         "KEEP_FILES": ["-1", "all", "1000000"],
+        "METRICS_FILE": ["metrics/", "var/shared/data.txt", "var/shared/data.txt.position"],
+        "LOG_FORMAT": ["xml", "JSON"],
         "API_TOKEN": ["hidden token"],
     },
 }
@@ -133,6 +137,13 @@ def test_a_wrong_value_is_one_line_that_says_what_is_allowed_and_status_2(
     assert "must be" in line
     assert ("hidden" not in line.replace("(hidden)", "")) if name in SECRET else (repr(value) in line)
     assert left == []
+
+
+@pytest.mark.parametrize("service", STANDARD_LIBRARY_ONLY)
+def test_an_address_with_a_password_is_refused_without_showing_it(service: str) -> None:
+    with pytest.raises(ValueError, match=r"URL is \(hidden\): must be like http://") as refused:
+        MODULES[service].read_settings({"URL": "http://user:secret@localhost/api/data"})
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("service", WRONG)
@@ -206,14 +217,30 @@ def test_the_env_file_lists_just_the_settings_of_the_code_with_their_defaults(se
     assert assignments(service) == defaults
 
 
+def comments(service: str) -> dict[str, str]:
+    """What stands above each setting, less the marks and the line breaks."""
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for line in env_file(service):
+        if line.startswith("# "):
+            above.append(line.removeprefix("# "))
+        else:
+            found[line.partition("=")[0]] = " ".join(above)
+            above.clear()
+    return found
+
+
 @pytest.mark.parametrize("service", MODULES)
-def test_the_env_file_explains_each_setting_with_its_default_on_the_line_before(service: str) -> None:
-    lines = env_file(service)
-    for before, line in pairwise(lines):
-        if not line.startswith("#") and line:
-            name, value = line.split("=", 1)
-            assert before.startswith("# "), name
-            assert f"default {value or 'empty'}" in before, name
+def test_the_env_file_explains_each_setting_with_its_default_above_it(service: str) -> None:
+    for name, value in assignments(service).items():
+        assert f"; default {value or 'empty'}" in comments(service)[name]
+
+
+@pytest.mark.parametrize("service", STANDARD_LIBRARY_ONLY)
+def test_the_env_file_says_of_each_setting_what_help_says(service: str) -> None:
+    table = {setting.name: setting.text for setting in MODULES[service].settings_table()}
+    assert list(table) == names_of(service)
+    assert {name: comments(service)[name] for name in table} == table
 
 
 @pytest.mark.parametrize("service", MODULES)

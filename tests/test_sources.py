@@ -528,15 +528,15 @@ def test_the_nuls_of_a_sparse_file_are_skipped_and_counted(
 # ---- Refused at the start -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["path", "link", "companion"])
+@pytest.mark.parametrize("how", ["path", "link", "companion", "named like a part"])
 def test_a_source_that_is_the_journal_is_refused(follow: Follow, journal: Path, how: str) -> None:
-    path = journal
+    path = journal = journal.with_name("logs.1") if how == "named like a part" else journal
     if how == "link":
         path = journal.with_name("link")
         path.symlink_to(journal)
     if how == "companion":
         path = Path(f"{journal}.rejected")
-    service = follow(SOURCE=path)
+    service = follow(SOURCE=path, LOG_FILE=journal)
     assert service.process.wait(20) == 2
     assert len(service.printed.splitlines()) == 1
     assert "is LOG_FILE" in service.printed

@@ -437,6 +437,14 @@ def test_a_record_reads_the_same_in_any_session(connection: Connection) -> None:
     )
 
 
+def test_a_method_that_was_stored_by_hand_makes_no_export_unreadable(connection: Connection) -> None:
+    methods = ["GET", "POST", 'G"T', "G\\T", "G\nT", "\x1b", "\u00e9", "get", "NULL"]
+    store(connection, *(line(method=method) for method in methods))
+    records = [json.loads(text) for part in read_parts(connection) for text in part.part.split("\n")]
+    assert [record["log"]["method"] for record in records] == methods
+    assert all(record["log"] | {"method": ""} == records[0]["log"] | {"method": ""} for record in records)
+
+
 def test_an_empty_table_has_an_empty_window_at_its_start(connection: Connection) -> None:
     assert connection.execute("SELECT window_end_v1('2026-01-01Z', NULL)").fetchone() == (
         datetime(2026, 1, 1, tzinfo=UTC),

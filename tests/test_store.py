@@ -21,7 +21,7 @@ from urllib.parse import urljoin, urlsplit
 import psycopg
 import pytest
 import requests
-from harness import Backend, Postgres, Service, past_the_guard
+from harness import Backend, Postgres, Service, driver, past_the_guard
 from waiting import wait_until
 
 SECONDS = 60  # for one answer on a busy machine
@@ -394,6 +394,32 @@ def test_a_killed_worker_is_replaced_and_the_port_keeps_answering(pair: Backend)
     assert pair.process.poll() is None
 
 
+# The same backend, but the machine lets it start a process only at the fourth try
+NO_PROCESSES = """
+import os
+import backend
+
+fork, refused = os.fork, [1, 2, 3]
+
+def fork_late():
+    if refused:
+        refused.pop()
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+
+os.fork = fork_late
+sys.exit(backend.main([]))
+"""
+
+
+def test_a_worker_that_cannot_be_started_yet_is_started_later(start_backend: STARTED, tmp_path: Path) -> None:
+    backend = start_backend(script=driver(tmp_path, "no_processes.py", NO_PROCESSES), WORKERS=2)
+    wait_until(lambda: len(children(backend)) == 2, SECONDS, "two workers")
+    assert store(backend)
+    assert backend.printed.count("starting a worker fails: Resource temporarily unavailable") == 1
+    backend.wait_for_line("starting a worker works again")
+
+
 def test_the_end_of_the_parent_ends_its_workers_and_frees_the_port(pair: Backend, start_backend: STARTED) -> None:
     store(pair)
     workers = children(pair)
@@ -472,6 +498,9 @@ def large(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Itera
         connection.execute(FILL, [ROWS])
         connection.execute("VACUUM (ANALYZE) logs")
     backend = Backend(tmp_path_factory.mktemp("large") / "backend.out", url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        counted = b"SELECT counted_to_v1() > max(created) FROM logs"  # it reads rows for that, in the background
+        wait_until(lambda: connection.execute(counted).fetchone() == (True,), SECONDS, "the end of its counting")
     yield backend
     backend.destroy()
 

@@ -22,7 +22,7 @@ import background
 
 Start = Callable[..., Service]
 OLDER = "older"
-REFUSED = "WARNING background: database: .*nothing is appended"
+REFUSED = r"WARNING background\[\d+\]: database diverged: .*nothing is appended"
 
 # The same service, but for how often it says what it says again and again
 IMPATIENT = """
@@ -117,7 +117,7 @@ def test_a_database_that_lacks_the_last_record_is_told_and_when_it_is_back_expor
     fake.stored = right
     fake.add(some_lines(20, "more"))
     exported(fake.records(), shared)
-    exporter.wait_for_line("database: back after")
+    exporter.wait_for_line("database back after")
 
 
 def test_what_is_out_of_order_is_said_again_from_time_to_time(
@@ -189,8 +189,9 @@ def test_a_shortened_file_is_told_and_filled_up_again(
     exporter.wait_for_line("data.txt ends in .* and was written up to .*: it was shortened")
 
 
-NO_END = "WARNING background: shared file: .*data.txt does not end in a record"
-NO_RECORDS = "WARNING background: shared file: .*data.txt: not all of its last lines are records in order"
+BROKEN = r"WARNING background\[\d+\]: shared file cannot be written: .*data.txt"
+NO_END = f"{BROKEN} does not end in a record"
+NO_RECORDS = f"{BROKEN}: not all of its last lines are records in order"
 TOLD = {
     "edited": REFUSED,
     "another one's": REFUSED,
@@ -252,7 +253,7 @@ def test_an_emptied_file_is_told_and_goes_on_when_it_is_removed(
     before.write_bytes(shared.read_bytes())
     os.truncate(shared, 0)
     fake.add(some_lines(10, "more"))
-    exporter.wait_for_line("shared file: .*data.txt was emptied")
+    exporter.wait_for_line("shared file cannot be written: .*data.txt was emptied")
     assert_nothing_is_appended(fake, shared, b"")
     shared.unlink()
     exported(fake.records(), before, shared)
@@ -264,10 +265,10 @@ def test_a_folder_in_place_of_the_file_is_told_and_waited_for(
     shared.mkdir()
     fake.add(some_lines(20))
     exporter = export(fake.data_url)
-    exporter.wait_for_line("shared file: .*Is a directory: 'data.txt'")
+    exporter.wait_for_line("shared file cannot be written: .*Is a directory: 'data.txt'")
     shared.rmdir()
     exported(fake.records(), shared)
-    exporter.wait_for_line("shared file: back after")
+    exporter.wait_for_line("shared file back after")
 
 
 @pytest.mark.parametrize("target", ["a file", "nothing"])
@@ -300,7 +301,7 @@ def test_no_companion_that_is_a_symbolic_link_is_followed(
         link = shared.with_name(f"data.txt{name}")
         link.symlink_to(precious)
         exporter = export(fake.data_url)
-        exporter.wait_for_line("shared file: .*symbolic link")
+        exporter.wait_for_line("shared file cannot be written: .*symbolic link")
         assert exporter.end() == 0
         link.unlink()
     assert precious.read_text() == "precious"
@@ -319,7 +320,9 @@ def test_an_old_copy_in_place_of_the_file_is_told_while_the_part_has_more(
     shared.write_bytes(copy)
     fake.add(some_lines(50, "last"))
     exporter = export(fake.data_url)
-    exporter.wait_for_line("shared file: .*data.txt.1 goes on to .*was one of them replaced by a copy")
+    exporter.wait_for_line(
+        "shared file cannot be written: .*data.txt.1 goes on to .*was one of them replaced by a copy"
+    )
     assert_nothing_is_appended(fake, shared, copy)
     shared.unlink()
     exported(fake.records(), part, shared)
@@ -383,7 +386,7 @@ def test_a_position_that_says_nothing_is_not_taken_for_none_where_nothing_else_i
         position.mkdir()
     exporter = export(fake.data_url)
     exporter.wait_for_line(
-        "data.txt.position is broken, and no file" if kind == "broken" else "shared file: .*Is a dir"
+        "data.txt.position is broken, and no file" if kind == "broken" else "shared file cannot be written: .*Is a dir"
     )
     opened = Path(f"/proc/{exporter.pid}/fd")
     before, known = len(list(opened.iterdir())), len(fake.requests)
@@ -480,6 +483,9 @@ def test_an_exporter_that_comes_too_late_says_what_it_missed_and_ends(
     exporter = export(fake.data_url)
     assert_too_late(exporter, 19, 40)
     assert shared.read_bytes() == content
+    told = verify(fake.data_url, shared).splitlines()
+    assert told[0] == f"compared from {created(40)} on: the database has deleted what was before"
+    assert told[1].startswith("not equal: after 0 equal records the file lacks ")
     for file in shared.parent.iterdir():  # the way on that it names
         file.unlink()
     exporter = export(fake.data_url)

@@ -117,7 +117,8 @@ def test_a_backend_that_is_away_is_no_difference(verify: Verify) -> None:
     assert done.stdout.startswith("cannot compare: ")
 
 
-def test_other_words_are_answered_with_the_usage(verify: Verify) -> None:
+def test_other_words_are_answered_with_those_that_are_known(verify: Verify) -> None:
     done = verify("yesterday")
     assert done.returncode == 2
-    assert done.stderr.startswith("usage: ")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("background: unknown arguments 'verify yesterday'; known are verify [date_from [date_to]], ")
