@@ -87,10 +87,12 @@ async function answered(promise, otherwise, signal) {
 async function errorOf(response, signal) {
   const isProblem = response.headers.get("Content-Type")?.startsWith("application/problem+json");
   const problem = isProblem ? await answered(response.json(), "its reply broke off", signal) : {};
+  // An answer without one is a proxy's: it may well be another one in a moment
   const detail = problem.detail ?? `it answered ${response.status} ${response.statusText}`.trim();
   if (response.status === 401) return new ApiError("token", detail);
-  if (response.status === 410) return new ApiError("gone", detail, { keptFrom: problem.kept_from });
-  if (response.status < 500 && ![408, 425, 429].includes(response.status)) return new ApiError("refused", detail);
+  if (isProblem && response.status === 410) return new ApiError("gone", detail, { keptFrom: problem.kept_from });
+  const isFinal = isProblem && response.status < 500 && ![408, 425, 429].includes(response.status);
+  if (isFinal) return new ApiError("refused", detail);
   return new ApiError("away", detail, { retryAfter: Number(response.headers.get("Retry-After")) || 0 });
 }
 

@@ -68,7 +68,7 @@ export class Chart {
       cursor: { y: false, points: { show: false }, drag: { x: true, y: false, setScale: false } },
       scales: { x: { range: () => this.#edges() }, y: { range: (_, __, highest) => [0, roundUp(highest)] } },
       axes: [
-        { ...axis, size: 28, space: 60, values: (_, ticks, __, ___, step) => ticks.map((tick) => this.#tickAt(tick, step)) },
+        { ...axis, size: 28, space: 60, values: (_, ticks, __, ___, step) => this.#nameTicks(ticks, step) },
         { ...axis, size: 48, values: (_, ticks) => ticks.map((tick) => (tick % 1 ? "" : formatShort(tick))) },
       ],
       series: [{}, ...CLASSES.map((name) => ({ ...bars, label: name, fill: color(`class-${name}`) })).reverse()],
@@ -82,8 +82,8 @@ export class Chart {
     return this.#zone === "utc" ? uPlot.tzDate(date, "Etc/UTC") : date;
   }
 
-  #tickAt(seconds, step) {
-    return formatTick(seconds * 1000, this.#zone, step * 1000);
+  #nameTicks(ticks, step) {
+    return ticks.map((seconds) => formatTick(seconds * 1000, this.#zone, step * 1000));
   }
 
   #edges() {
@@ -94,8 +94,9 @@ export class Chart {
     const bucket = plot.cursor.left < 0 ? undefined : this.#buckets[plot.cursor.idx];
     this.#tip.hidden = !bucket;
     if (!bucket) return;
-    const present = CLASSES.filter((name) => bucket[name]);
-    const lines = present.map((name) => element("li", { className: `class-${name}` }, `${name} ${formatCount(bucket[name])}`));
+    const lines = CLASSES.filter((name) => bucket[name]).map((name) =>
+      element("li", { className: `class-${name}` }, `${name} ${formatCount(bucket[name])}`),
+    );
     const [from, to] = [bucket.date_from, bucket.date_to].map((date) => formatMoment(Date.parse(date), this.#zone));
     this.#tip.replaceChildren(`${from} to ${to.slice(11)}`, element("ul", {}, ...lines));
     const box = plot.over.getBoundingClientRect();

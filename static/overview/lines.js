@@ -67,8 +67,8 @@ export class Lines {
 
   #say() {
     const { length } = this.#waiting;
-    const waiting = length ? `Standing still; new: ${formatCount(length)}${length < MOST_LINES ? "" : " or more"}. ` : "";
-    this.#state.textContent = waiting + this.#note;
+    const count = `${formatCount(length)}${length < MOST_LINES ? "" : " or more"}`;
+    this.#state.textContent = (length ? `Standing still; new: ${count}. ` : "") + this.#note;
   }
 
   #lineOf({ created, log }) {

@@ -10,7 +10,8 @@ import { Api, ApiError } from "./api.js";
 import { Chart } from "./chart.js";
 import { byId, element, setText, syncChildren } from "./dom.js";
 import { Feed } from "./feed.js";
-import { formatClock, formatCount, formatDuration, formatMoment, formatRecords, fromInput, localZone, toInput } from "./format.js";
+import { formatClock, formatCount, formatDuration, formatMoment, formatRecords } from "./format.js";
+import { fromInput, localZone, toInput } from "./format.js";
 import { Lines } from "./lines.js";
 import { describeChart, showClasses, showCounts, showTable, showTops } from "./panels.js";
 import { Poller, retrySeconds } from "./poller.js";
@@ -70,8 +71,8 @@ function changeZone(zone) {
 
 function restart() {
   numbers = null;
-  topsPoller.stop();
-  linesPoller.stop();
+  stopAsking("top lists", topsPoller);
+  stopAsking("lines", linesPoller);
   lines.clear();
   lines.setZone(view.zone);
   showControls();
@@ -120,10 +121,12 @@ function gently(seconds, step) {
 function begin() {
   const { stats, frame } = numbers;
   byId("overview").ariaBusy = "false";
-  const filters = Object.entries(view.filters).map(([name, value]) => `, ${FILTERS[name].label.toLowerCase()} ${value}`);
-  const expired = frame.date_from ? [`Records before ${formatMoment(frame.from, view.zone)} have expired and were deleted.`] : [];
-  if (problems.length + expired.length) say([...problems, ...expired].join(" "), "problem");
-  else if (!outage) say(`${formatRecords(stats.total)}${filters.join("")}`, "quiet");
+  const keptSince = formatMoment(frame.from, view.zone);
+  const expired = frame.date_from ? [`Records before ${keptSince} have expired and were deleted.`] : [];
+  const wrong = [...problems, ...expired];
+  const filters = Object.entries(view.filters).map(([name, value]) => `${FILTERS[name].label.toLowerCase()} ${value}`);
+  if (wrong.length) say(wrong.join(" "), "problem");
+  else if (!outage) say([formatRecords(stats.total), ...filters].join(", "), "quiet");
   feed.begin(frame, view.filters, stats.buckets);
   topsPoller.restart();
   if (!isPaused) linesPoller.restart();
@@ -153,6 +156,12 @@ function guarded(what, step) {
   };
 }
 
+/** What is not asked any more cannot fail any more. */
+function stopAsking(what, poller) {
+  poller.stop();
+  outage?.reasons.delete(what);
+}
+
 /** Asking the same again is of no use. */
 function giveUp(error) {
   if (error.kind === "token") askForToken();
@@ -176,16 +185,17 @@ function say(text, kind) {
 }
 
 function noteOutage(what, reason) {
-  outage ??= { since: Date.now(), reasons: new Map() };
+  outage ??= { since: api.now(), reasons: new Map() };
   outage.reasons.set(what, reason);
   const [first] = outage.reasons.values();
-  say(`The backend has not answered since ${formatClock(outage.since, view.zone)}: ${first}. Retrying.`, "problem");
+  const since = formatClock(outage.since, view.zone);
+  say(`No usable answer from the backend since ${since}: ${first}. Retrying.`, "problem");
 }
 
 function noteAnswer(what) {
   outage?.reasons.delete(what);
   if (outage?.reasons.size !== 0) return;
-  say(`The backend answers again, after ${formatDuration(Date.now() - outage.since)}.`, "good");
+  say(`The backend answers again, after ${formatDuration(api.now() - outage.since)}.`, "good");
   outage = null;
 }
 
@@ -226,7 +236,7 @@ function showFilters() {
     ([name, value]) => {
       const text = `${FILTERS[name].label} ${value}`;
       const cross = element("span", { ariaHidden: "true" }, " ✕");
-      const button = element("button", { type: "button", title: `Take off: ${text}` }, text, cross);
+      const button = element("button", { type: "button", title: `Remove the filter ${text}` }, text, cross);
       button.onclick = () => press(name, value);
       return element("li", {}, button);
     },
@@ -333,7 +343,9 @@ function showCurl(count) {
 // ---- The token ------------------------------------------------------------------------------------------------------
 
 function askForToken() {
-  for (const poller of [numbersPoller, topsPoller, linesPoller]) poller.stop();
+  numbersPoller.stop();
+  stopAsking("top lists", topsPoller);
+  stopAsking("lines", linesPoller);
   setText(byId("sign-in-problem"), api.hasToken ? "The backend does not accept this token." : "");
   say("", "quiet");
   byId("overview").hidden = true;
@@ -360,8 +372,8 @@ function leaveSignIn() {
 
 function togglePause() {
   isPaused = !isPaused;
-  setText(byId("pause"), isPaused ? "Go on" : "Pause");
-  if (isPaused) linesPoller.stop();
+  setText(byId("pause"), isPaused ? "Resume" : "Pause");
+  if (isPaused) stopAsking("lines", linesPoller);
   else if (numbers) linesPoller.restart();
 }
 
