@@ -1,11 +1,9 @@
 # One image for the three services; docker-compose.yml says which one a container runs.
 FROM python:3.13-slim AS dependencies
 WORKDIR /build
-COPY pyproject.toml constraints.txt ./
+COPY locks/backend.txt ./
 # Only what the backend needs: no embedded PostgreSQL, nothing for tests
-RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-    print(*project["dependencies"], sep="\n")' >requirements.txt \
-    && pip install --no-cache-dir --target /packages -c constraints.txt -r requirements.txt
+RUN pip install --no-cache-dir --target /packages --require-hashes -r backend.txt
 
 FROM python:3.13-slim
 # An ordinary user that /etc/passwd knows; a new volume takes over the owner of the folder it is mounted on.

@@ -131,20 +131,25 @@ clean: ## Remove environments and caches; data under var/ and volumes stay
 	@rm -rf .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis artifacts
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Printed for pip, which before 25.1 cannot install a pyproject.toml's lists without packaging the project
-PRINT_REQUIREMENTS = import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-  print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], sep="\n")
+# Versions and hashes of all that is installed: a lock for each of the image, `make run` and the tests
+.PHONY: update-locks
+update-locks: ## Renew locks/ after a change of pyproject.toml; UPGRADE=1 takes the newest of what it leaves open
+	@$(PYTHON) -m venv .venv-locks
+	@.venv-locks/bin/python -m pip install -q --disable-pip-version-check uv
+	@for lock in "backend" "embedded --extra embedded" "test --extra embedded --extra test"; do \
+	  .venv-locks/bin/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header \
+	    --annotation-style line $(if $(UPGRADE),--upgrade) -o locks/$${lock%% *}.txt \
+	    $$(echo "$$lock" | cut -s -d ' ' -f 2-) || exit 1; \
+	done
 
-$(RUN_READY): EXTRA := embedded
-$(TEST_READY): EXTRA := test
+$(RUN_READY): LOCK := locks/embedded.txt
+$(TEST_READY): LOCK := locks/test.txt
 $(TEST_READY): $(RUN_READY)
-$(RUN_READY) $(TEST_READY): pyproject.toml constraints.txt
+$(RUN_READY) $(TEST_READY): locks/embedded.txt locks/test.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "this needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -1)." \
 	    "Name another: make $(MAKECMDGOALS) PYTHON=python3.13" >&2; exit 1; }
-	@echo "installing what pyproject.toml names ($(EXTRA)) into $(VENV)"
+	@echo "installing $(LOCK) into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -c '$(PRINT_REQUIREMENTS)' $(EXTRA) >$(VENV)/requirements.txt
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check \
-	  -c constraints.txt -r $(VENV)/requirements.txt
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $(LOCK)
 	@touch $@

@@ -9,8 +9,9 @@ The way of a line, and the thread that moves it:
     large       Channel.service hands the ticket to GroupCommit, and no thread waits for it
     commit    GroupCommit: one statement and one commit for the tickets of all connections (store_logs_v2)
     loop      Api.on_post, last time: answers from the ticket's outcome; Channel.handle_write sends it
-It promises: a 2xx answer means that this line is on disk under this id; a line sent again is stored once; a window of
-records that was closed (all before its `next` link) never changes. It does not terminate TLS or limit rates.
+It promises: a 2xx answer means that this line is on disk under this id, also on the synchronous standby's, where there
+is one; a line sent again is stored once; a window of records that was closed (all before its `next` link) never
+changes. It does not terminate TLS or limit rates.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from itertools import pairwise
 from pathlib import Path
 from queue import LifoQueue
 from types import ModuleType
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 from urllib.parse import urlencode
 
 import falcon
@@ -127,6 +128,14 @@ LOOP_SECONDS = 0.5  # how late a signal or a limit in time may be noticed
 
 # Towards PostgreSQL
 CONNECT_SECONDS = 5
+LOOK_SECONDS = 2  # for one of several hosts to let us in, and to say who it is; libpq knows no shorter time
+LOOK_PAUSE_SECONDS = 5.0  # between two such questions
+DOUBT_PAUSE_SECONDS = 0.25  # the same for DOUBT_LASTS_SECONDS after something failed, or took DOUBT_SECONDS
+DOUBT_SECONDS = 0.5
+DOUBT_LASTS_SECONDS = 10.0
+BARRIER_SECONDS = 2.0  # a GET waits no longer to know that what it shows is replicated
+STUCK_SECONDS = 3.0  # a process that could store nothing for so long is not ready
+TRY_SECONDS = 1.0  # /readyz waits no longer for it to be tried again
 KEEPALIVE_SECONDS = 60  # some networks drop without a word a connection that is silent for minutes
 AHEAD_SECONDS = 60.0  # `created` this far ahead of the clock is worth a warning
 
@@ -167,11 +176,22 @@ def read_value(rule: range | str | Callable[[str], Any], text: str) -> Any:
 def check_connection_url(text: str) -> str:
     """A connection string as libpq reads it, with numbers as ports. Raises ValueError."""
     try:
-        ports = conninfo_to_dict(text).get("port") or ""
+        hosts = each_host(text)
     except psycopg.ProgrammingError as error:
         raise ValueError(text) from error
-    read_value(r"([0-9]{1,5}(,|$))*", str(ports))
+    for host in hosts:
+        read_value("[0-9]{0,5}", str(host.get("port") or ""))
     return text
+
+
+def each_host(conninfo: str) -> list[dict[str, Any]]:
+    """The options of a connection to each of the hosts that it names. Raises ValueError where their numbers differ."""
+    options = conninfo_to_dict(conninfo)
+    lists = {name: str(options[name]).split(",") for name in ("host", "hostaddr", "port") if options.get(name)}
+    count = max(len(lists.get("host", "1")), len(lists.get("hostaddr", "1")))
+    if any(len(values) != count and (name, len(values)) != ("port", 1) for name, values in lists.items()):
+        raise ValueError(conninfo)
+    return [{**options, **{name: (values * count)[n] for name, values in lists.items()}} for n in range(count)]
 
 
 # (type, rule[, what is allowed]); for a range of numbers that is said by itself
@@ -767,22 +787,29 @@ class Progress:
 
 # What a promise needs of a transaction (durability, time zone, planner) is set by the functions themselves
 # (migrations/): poolers share sessions. Only the isolation cannot be set there, hence this; behind a pooler
-# store_logs_v2 refuses another one.
+# store_logs_v2 refuses another one. With it comes which server this is, as server_v1 says it; no timeline: in recovery.
 SETUP_SESSION = """
 SELECT CASE WHEN current_setting('transaction_isolation') <> 'read committed'
-            THEN set_config('default_transaction_isolation', 'read committed', FALSE) END
+            THEN set_config('default_transaction_isolation', 'read committed', FALSE) END,
+       system_identifier,
+       CASE WHEN NOT pg_is_in_recovery()
+            THEN ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::integer END,
+       current_setting('synchronous_standby_names') <> ''
+  FROM pg_control_system()
 """
 
+# server_v1 is part of every statement that a promise depends on: it says which server answers, and fails if that one
+# is behind what this process has met (see Hosts). Session makes a Primary of its three columns.
+
 # A column is one text with a value per line: for the driver that is a tenth of the work of an array of a thousand.
-# Warnings are asked for whatever the role is set to: a commit that is less than it should be is told by one.
 COLUMNS = ("ids", *(f"{field.column}s" for field in FIELDS))
 TYPES = ("uuid", *(field.type for field in FIELDS))
 STORE_LOGS = """
-SELECT first_created, known, known_created, conflicting, ahead_seconds
-  FROM store_logs_v2(
+SELECT first_created, known, known_created, conflicting, ahead_seconds, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
+       store_logs_v2(
            {}
        )
- CROSS JOIN set_config('client_min_messages', 'warning', TRUE)
 """.format(
     ",\n           ".join(
         rf"string_to_array(%({column})s, E'\n')::{type_}[]" for column, type_ in zip(COLUMNS, TYPES, strict=True)
@@ -799,21 +826,27 @@ SELECT to_regprocedure('store_logs_v2(uuid[],inet[],text[],text[],smallint[])') 
        AND to_regprocedure('read_part_v1(timestamptz,timestamptz,text,smallint,inet,integer,text,integer)') IS NOT NULL
        AND to_regprocedure('window_end_v2(timestamptz,timestamptz)') IS NOT NULL
        AND to_regprocedure('count_minutes_v1(integer)') IS NOT NULL
+       AND to_regprocedure('server_v1(bigint,integer)') IS NOT NULL
 """
-SECONDS_AHEAD = "SELECT seconds_ahead_v1()"
+SECONDS_AHEAD = """
+SELECT seconds_ahead_v1(), system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer)
+"""
 NEWEST_AND_LEAD = "SELECT max(created), seconds_ahead_v1() FROM logs"
 
 # Everything below the newest record is final: see migrations/0004.create-store-logs-v2.sql.
 WINDOW_END = """
-SELECT window_end, newest, kept_from
-  FROM window_end_v2(%(date_from)s::timestamptz, %(date_to)s::timestamptz)
+SELECT window_end, newest, kept_from, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
+       window_end_v2(%(date_from)s::timestamptz, %(date_to)s::timestamptz)
 """
 
 # Both look at a bounded number of rows, and say where to go on; at date_to the window is over. `kept_from` is that of
 # the snapshot in which the rows were read: see migrations/0010.create-retention.sql.
 COUNT_PART = """
-SELECT count, next_from, kept_from_v1()
-  FROM count_part_v1(
+SELECT count, next_from, kept_from_v1(), system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
+       count_part_v1(
            %(date_from)s::timestamptz, %(date_to)s::timestamptz,
            %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
            %(rows)s::integer
@@ -821,17 +854,26 @@ SELECT count, next_from, kept_from_v1()
 """
 # PostgreSQL writes the JSON, Python passes it on.
 READ_PART = """
-SELECT count, next_from, kept_from_v1(), bytes, part
-  FROM read_part_v1(
+SELECT count, next_from, kept_from_v1(), bytes, part, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
+       read_part_v1(
            %(date_from)s::timestamptz, %(date_to)s::timestamptz,
            %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
            %(rows)s::integer, %(separator)s::text, %(bytes)s::integer
        )
 """
 
+# The barrier of Replication
+CONFIRM = """
+SELECT newest, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
+       confirm_v1()
+"""
+
 STATS_WINDOW = """
-SELECT window_end, oldest, newest, kept_from
-  FROM stats_window_v1(%(date_from)s::timestamptz, %(date_to)s::timestamptz)
+SELECT window_end, oldest, newest, kept_from, system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer),
+       stats_window_v1(%(date_from)s::timestamptz, %(date_to)s::timestamptz)
 """
 # As of one snapshot, `kept_from` included: see migrations/0011.create-stats.sql.
 STATS = """
@@ -850,7 +892,9 @@ SELECT kept_from_v1(),
            %(date_from)s::timestamptz, %(date_to)s::timestamptz,
            %(method)s::text, %(status_code)s::smallint, %(ip)s::inet,
            'uri', %(top)s::integer, %(rows)s::integer
-       )
+       ),
+       system, timeline, synchronous
+  FROM server_v1(%(system)s::bigint, %(timeline)s::integer)
 """
 COUNT_MINUTES = "SELECT counted FROM count_minutes_v1(%(rows)s)"
 
@@ -906,17 +950,226 @@ class Timestamp(psycopg.adapt.Loader):
             return LAST if microseconds > 0 else EPOCH
 
 
+class Primary(NamedTuple):
+    """The primary that has answered."""
+
+    system: int  # the cluster's identifier: standbys, and what becomes of them, have the same
+    timeline: int  # every promotion begins a higher one
+    synchronous: bool  # commits wait for a standby
+
+    @property
+    def history(self) -> tuple[int, int]:
+        """Where this is the same, no commit has been taken back."""
+        return self.system, self.timeline
+
+    def is_behind(self, other: Primary | None) -> bool:
+        """Whether the other one has taken over."""
+        return other is not None and other.system == self.system and other.timeline > self.timeline
+
+
 class Connection(psycopg.Connection[Any]):
-    """Cancels a statement that takes too long, and gives up a server that does not even notice that."""
+    """Cancels a statement that takes too long, gives up a server that does not even notice that, and leaves one from
+    which another has taken over."""
+
+    hosts: Hosts
+    address = ""
+    server: Primary | None = None  # None: it is in recovery
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        latest = time.monotonic() + STATEMENT_SECONDS
+        while True:
+            try:
+                return super().wait(gen, interval, min(DOUBT_SECONDS, STATEMENT_SECONDS))
+            except psycopg.OperationalError:
+                if self.pgconn.transaction_status != psycopg.pq.TransactionStatus.ACTIVE:
+                    raise
+                self.hosts.doubt()
+                if self.is_behind:
+                    raise
+                if time.monotonic() >= latest:
+                    break
+        self.cancel_safe(timeout=CANCEL_SECONDS)
+        return super().wait(gen, interval, CANCEL_SECONDS)  # raises QueryCanceled; or returns, if it was over
+
+    @property
+    def is_behind(self) -> bool:
+        return self.server is not None and self.server.is_behind(self.hosts.latest)
+
+
+class HastyConnection(psycopg.Connection[Any]):
+    """Gives up a server that does not answer at once."""
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        return super().wait(gen, interval, LOOK_SECONDS)
+
+
+AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
+
+
+def open_connection(kind: type[AnyConnection], options: Mapping[str, Any]) -> AnyConnection:
+    """Raises psycopg.Error."""
+    connection = kind.connect(
+        **{
+            "target_session_attrs": "primary",
+            "connect_timeout": CONNECT_SECONDS,
+            "keepalives_idle": KEEPALIVE_SECONDS,
+            "application_name": "log-pipeline",
+            **options,
+            "client_encoding": "UTF8",
+        },
+        autocommit=True,
+        prepare_threshold=None,  # poolers in transaction mode know no prepared statements
+    )
+    connection.adapters.register_dumper(Column, ColumnDumper)
+    connection.adapters.register_loader("text", RawText)
+    connection.adapters.register_loader("timestamptz", Timestamp)
+    return connection
+
+
+def set_up(connection: psycopg.Connection[Any]) -> Primary | None:
+    """Who answers there; None: a server in recovery. Raises psycopg.Error."""
+    row = connection.execute(SETUP_SESSION, binary=True).fetchone()
+    assert row is not None
+    _, system, timeline, synchronous = row
+    return None if timeline is None else Primary(system, timeline, synchronous)
+
+
+class Hosts:
+    """Where the primary is, among the hosts of DATABASE_URL.
+
+    Why a process never goes back to a server from which another one has taken over, and soon finds that one:
+      * A promotion begins a new timeline, with a higher number. Of all primaries that answer, the one with the highest
+        is connected to.
+      * The highest that this process has met goes with each statement that stores, or reads a window: server_v1 fails
+        on a lower one, and its transaction is rolled back. Whoever leads there (a session from before, a pooler, an
+        address that has moved), nothing is stored or read.
+      * If there are several hosts, a thread for each asks its own every few seconds, and four times a second while
+        something fails or takes long. None waits for another: a host that hangs holds up nobody for more than
+        LOOK_SECONDS. Once a higher timeline has been met, sessions leave a lower one, in the middle of a statement too.
+    What it cannot know: that a server was replaced before the process started, if its successor does not answer; and
+    which of two servers is the right one that were promoted from the same one at once: their timelines have the same
+    number. Whoever promotes a server has to see to it that the old one is shut off.
+    """
+
+    def __init__(self, conninfo: str) -> None:
+        self._options = each_host(conninfo)
+        if len(self._options) > 1:
+            self._options = [{**options, "connect_timeout": LOOK_SECONDS} for options in self._options]
+        self._lock = threading.Lock()  # guards all below
+        self._answered, self._doubted = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._answers: list[Primary | str | None] = []  # of each host: the primary it is, why it is none; None: not yet
+        self._doubt_until = 0.0
+        self.latest: Primary | None = None  # the one with the highest timeline that was met
+        self.address = ""  # where
+        self.known: Mapping[str, Any] = dict.fromkeys(("system", "timeline"))  # the same, for server_v1
+
+    def connect(self) -> Connection:
+        """To the primary. Raises psycopg.Error."""
+        options = self._options[0] if len(self._options) == 1 else self._choose()
+        connection = open_connection(Connection, options)
+        connection.hosts, connection.address = self, address_of(options)
         try:
-            return super().wait(gen, interval, STATEMENT_SECONDS)
-        except psycopg.OperationalError:
-            if self.pgconn.transaction_status != psycopg.pq.TransactionStatus.ACTIVE:
-                raise
-            self.cancel_safe(timeout=CANCEL_SECONDS)
-            return super().wait(gen, interval, CANCEL_SECONDS)  # raises QueryCanceled; or returns, if it was over
+            check_encoding(connection)
+            connection.server = set_up(connection)
+            if connection.server is not None:  # else each statement says that it is in recovery
+                self.meet(connection.server, connection.address)
+        except psycopg.Error:
+            connection.close()
+            raise
+        return connection
+
+    def meet(self, server: Primary, address: str) -> None:
+        """Called after each statement. Raises psycopg.OperationalError if another server has taken over."""
+        if server == self.latest:  # asked without the lock
+            return
+        with self._lock:
+            if server.is_behind(self.latest):
+                raise psycopg.OperationalError(self._behind(server, address))
+            self._follow(server, address)
+
+    def doubt(self) -> None:
+        """Something failed, or takes long: another server may have taken over."""
+        with self._lock:
+            calm = time.monotonic() > self._doubt_until
+            self._doubt_until = time.monotonic() + DOUBT_LASTS_SECONDS
+            if calm:
+                self._doubted.notify_all()
+
+    def _choose(self) -> dict[str, Any]:
+        """The options of the best host. The first time it waits for what all of them answer, but not for long."""
+        with self._lock:
+            if not self._answers:
+                self._answers = [None] * len(self._options)
+                for n in range(len(self._options)):
+                    threading.Thread(target=self._watch, args=(n,), name=f"host-{n}", daemon=True).start()
+            self._answered.wait_for(lambda: None not in self._answers, LOOK_SECONDS)
+            primaries = [n for n, answer in enumerate(self._answers) if isinstance(answer, Primary)]
+            best = max(primaries, key=self._rank, default=None)
+            if best is None or self._answers[best].is_behind(self.latest):  # type: ignore[union-attr]
+                raise psycopg.OperationalError(
+                    f"no primary answers: {'; '.join(map(self._describe, range(len(self._options))))}"
+                )
+            return self._options[best]
+
+    def _rank(self, n: int) -> tuple[Any, ...]:
+        """The cluster that is known before any other; then the timeline; of equal ones, where we are already."""
+        server = self._answers[n]
+        assert isinstance(server, Primary)
+        known = self.latest is None or self.latest.system == server.system
+        return known, server.timeline, address_of(self._options[n]) == self.address, -n
+
+    def _describe(self, n: int) -> str:
+        answer, address = self._answers[n], address_of(self._options[n])
+        if isinstance(answer, Primary):
+            return self._behind(answer, address)
+        return f"{address}: {answer or 'no answer'}"
+
+    def _behind(self, server: Primary, address: str) -> str:
+        known = self.latest.timeline if self.latest else 0
+        return (
+            f"{address} is on timeline {server.timeline}, and {self.address} was on {known}: it is an old primary, shut"
+            " it off (if it was restored to an earlier time on purpose, restart the backends)"
+        )
+
+    def _watch(self, n: int) -> None:
+        """The life of a thread: asks one host who it is, again and again."""
+        connection: HastyConnection | None = None
+        options = {**self._options[n], "target_session_attrs": "any"}
+        while True:
+            answer: Primary | str
+            try:
+                connection = connection or open_connection(HastyConnection, options)
+                answer = set_up(connection) or "in recovery"
+            except psycopg.Error as error:
+                answer = one_line(error)
+                if connection is not None:
+                    connection.close()
+                    connection = None
+            with self._lock:
+                self._answers[n] = answer
+                if isinstance(answer, Primary) and self.latest is not None and self.latest.is_behind(answer):
+                    self._follow(answer, address_of(options))
+                self._answered.notify_all()
+                doubting = time.monotonic() < self._doubt_until
+                self._doubted.wait(DOUBT_PAUSE_SECONDS if doubting else LOOK_PAUSE_SECONDS)
+
+    def _follow(self, server: Primary, address: str) -> None:
+        before = self.latest
+        if before is None:
+            log.info("the database is %s, on timeline %d", address, server.timeline)
+        elif (before.history, self.address) != (server.history, address):
+            log.warning(
+                "the database is %s now, on timeline %d; it was %s, on timeline %d",
+                *(address, server.timeline, self.address, before.timeline),
+            )
+        self.latest, self.address = server, address
+        self.known = {"system": server.system, "timeline": server.timeline}
+
+
+def address_of(options: Mapping[str, Any]) -> str:
+    """A host for a person: a folder, or host:port."""
+    host = str(options.get("host") or options.get("hostaddr") or "the default host")
+    return host if host.startswith("/") or not options.get("port") else f"{host}:{options['port']}"
 
 
 def check_encoding(connection: psycopg.Connection[Any]) -> None:
@@ -934,8 +1187,8 @@ class Session:
     One thread at a time may use it.
     """
 
-    def __init__(self, conninfo: str, outage: Outage) -> None:
-        self._conninfo, self._outage = conninfo, outage
+    def __init__(self, hosts: Hosts, outage: Outage) -> None:
+        self._hosts, self._outage = hosts, outage
         self._connection: Connection | None = None
         self._warnings: list[str] = []  # that came with the last statement
         self._ids_run_out = False  # this warning was passed on
@@ -943,8 +1196,10 @@ class Session:
         self.begun = 0.0  # when it was sent first, by the monotonic clock
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Any:
-        """The first row. If the connection is lost, the statement is repeated: at once if it was an old one, which may
-        have been dead for long; then for half of the time, or not at all if there is an outage anyway.
+        """The first row; if it has the columns of server_v1, they are one Primary.
+
+        If the connection is lost, the statement is repeated: at once if it was an old one, which may have been dead for
+        long; then for half of the time, or not at all if there is an outage anyway.
 
         Raises Unavailable, and psycopg's DataError or IntegrityError if a value is refused.
         """
@@ -959,6 +1214,7 @@ class Session:
             except (psycopg.DataError, psycopg.IntegrityError):
                 raise
             except Unconfirmed as error:  # not repeated: what is there already would be found without a warning
+                self._hosts.doubt()
                 self._outage.begin(one_line(error), "failing")
                 raise Unavailable(NO_ANSWER) from error
             except psycopg.errors.QueryCanceled as error:  # the database works, and so does the session
@@ -966,6 +1222,7 @@ class Session:
                 raise Unavailable(TOO_SLOW, TOO_SLOW_RETRY_SECONDS, why="statement_too_slow") from error
             except psycopg.Error as error:
                 self._disconnect()
+                self._hosts.doubt()
                 if (fresh and self._outage) or time.monotonic() > latest:
                     away = isinstance(error, psycopg.OperationalError) and not error.sqlstate
                     self._outage.begin(one_line(error), "unreachable" if away else "failing")
@@ -980,33 +1237,24 @@ class Session:
         return self._connection is not None
 
     def _execute(self, sql: str, parameters: Mapping[str, Any] | None) -> Any:
+        if self._connection is not None and self._connection.is_behind:
+            self._disconnect()
         connection = self._connection or self._connect()
         self._warnings.clear()
-        row = connection.execute(sql, parameters, binary=True).fetchone()
+        row = connection.execute(sql, {**(parameters or {}), **self._hosts.known}, binary=True).fetchone()
         if self._warnings:
             raise Unconfirmed(self._warnings[0])
+        if "FROM server_v1(" in sql:
+            assert row is not None
+            server = connection.server = Primary(*row[-len(Primary._fields) :])
+            self._hosts.meet(server, connection.address)
+            return *row[: -len(Primary._fields)], server
         return row
 
     def _connect(self) -> Connection:
-        """To the primary, where several hosts are named. What the connection string says itself goes first."""
-        options: dict[str, Any] = {
-            "target_session_attrs": "primary",
-            "connect_timeout": CONNECT_SECONDS,
-            "keepalives_idle": KEEPALIVE_SECONDS,
-            "application_name": "log-pipeline",
-            **conninfo_to_dict(self._conninfo),
-            "client_encoding": "UTF8",
-        }
-        # Poolers in transaction mode know no prepared statements
-        connection = Connection.connect(**options, autocommit=True, prepare_threshold=None)
-        self._connection = connection
-        check_encoding(connection)
-        connection.adapters.register_dumper(Column, ColumnDumper)
-        connection.adapters.register_loader("text", RawText)
-        connection.adapters.register_loader("timestamptz", Timestamp)
-        connection.add_notice_handler(self._hear)
-        connection.execute(SETUP_SESSION)
-        return connection
+        self._connection = self._hosts.connect()
+        self._connection.add_notice_handler(self._hear)
+        return self._connection
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -1031,9 +1279,11 @@ class Database:
     for Watch."""
 
     def __init__(self, conninfo: str, threads: int) -> None:
-        self.storing = Session(conninfo, Outage("database (storing)"))
+        self.hosts = Hosts(conninfo)
+        self.storing = Session(self.hosts, Outage("database (storing)"))
+        self.replication = Replication(Session(self.hosts, Outage("synchronous standby", *STANDBY_OUTAGE)))
         outage = Outage("database (reading)")
-        self._reading = [Session(conninfo, outage) for _ in range(threads + 1)]
+        self._reading = [Session(self.hosts, outage) for _ in range(threads + 1)]
         self._free: LifoQueue[Session] = LifoQueue()  # the one used last is the one that is connected
         for session in self._reading:
             self._free.put(session)
@@ -1071,6 +1321,107 @@ class Watch:
         except (TimeoutError, Unavailable):
             return None
         return newest, ahead
+
+
+# ---- Synchronous replication ----------------------------------------------------------------------------------------
+
+STANDBY_OUTAGE = ("not answering", "readers see what was confirmed before")
+NOT_CONFIRMED = "The synchronous standby does not answer, and these records are not known to be on it; ask again."
+
+
+class Replication:
+    """What is known to be on the synchronous standby, where there is one. What is not is not shown to anybody.
+
+    A commit that waits for its standby becomes visible, although it is on the primary alone, as soon as that wait is
+    ended: by pg_cancel_backend, pg_terminate_backend, our own limit of time, a restart or a crash. A failover would
+    take back such a record, and a reader would keep it.
+
+    Why no window has a record that a failover to the standby takes back:
+      * `created` increases in the order of commits (see migrations/0004), that is the order of the WAL, and a standby
+        confirms all of the WAL up to some place. So a record that is on the standby has all earlier ones beside it.
+      * A commit that returned without a warning is on the standby: PostgreSQL warns when it stops waiting, or the
+        session ends and nothing returns. So what our own group commits have stored is known to be there; and what a
+        barrier has seen: a transaction (confirm_v1) that looks at the newest record, and whose commit is in the WAL
+        behind those of all that it has seen. The barrier of another server says nothing: what is known holds for one
+        history, and all statements of a window must come from that one (see Window).
+      * A window ends at most behind the newest record known to be there. One that would end later asks for a barrier,
+        and waits until one has seen its last record; one that was under way already may not have, then the next has.
+    A standby that is away holds up nobody for long: after BARRIER_SECONDS a window ends at what is known, and until a
+    barrier comes back nobody else waits at all. Who asks from a later record on is answered 503: an empty window would
+    say that it is not there, and an exporter take it for lost.
+    All that waits for the standby is one thread, with one session. Without synchronous_standby_names there is neither.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._changed = threading.Condition()  # guards all below
+        self._history: tuple[int, int] | None = None  # for which this holds:
+        self._newest: datetime | None = None  # `created` of the newest record that is known to be on the standby
+        self._asked = self._under_way = False  # a barrier; asked for since that one began
+        self._late = False  # it does not come back
+        self._thread: threading.Thread | None = None
+
+    def note(self, server: Primary, newest: datetime | None) -> None:
+        """A commit returned without a warning; `newest`: the newest record that was stored or seen before it."""
+        with self._changed:
+            if self._history != server.history:
+                self._history, self._newest = server.history, None
+            if newest is not None and (self._newest is None or newest > self._newest):
+                self._newest = newest
+                self._changed.notify_all()
+
+    def end_of_window(self, date_from: datetime, end: datetime, newest: datetime | None, server: Primary) -> datetime:
+        """Where a window has to end that was to end at `end`; `newest` and `server` are from the same statement.
+
+        Waits for BARRIER_SECONDS at most. Raises Unavailable.
+        """
+        if not server.synchronous or newest is None or end <= date_from:
+            return end
+        known = self._wait_for(min(newest, end - MICROSECOND), server)
+        if known is None or known < date_from:
+            raise Unavailable(NOT_CONFIRMED)
+        return min(end, known + MICROSECOND)
+
+    def _wait_for(self, last: datetime, server: Primary) -> datetime | None:
+        """The newest record that is known to be on the standby; if possible, `last` or a later one."""
+
+        def is_over() -> bool:
+            return self._covers(last, server) or self._late or not (self._asked or self._under_way)
+
+        with self._changed:
+            if not self._covers(last, server):
+                self._ask()
+                if not self._changed.wait_for(is_over, BARRIER_SECONDS):
+                    self._late = True
+            return self._newest if self._history == server.history else None
+
+    def _covers(self, last: datetime, server: Primary) -> bool:
+        return self._history == server.history and self._newest is not None and self._newest >= last
+
+    def _ask(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="barrier", daemon=True)
+            self._thread.start()
+        self._asked = True
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked)
+                self._asked, self._under_way = False, True
+            began, late = time.monotonic(), False
+            try:
+                newest, server = self._session.query(CONFIRM)
+                self.note(server, newest)
+            except Unavailable as error:
+                log.debug("barrier: %s", error.description)  # the session has told the outage
+                late = time.monotonic() - began > BARRIER_SECONDS
+            except Exception:
+                log.exception("the barrier failed")
+            with self._changed:
+                self._under_way, self._late = False, late
+                self._changed.notify_all()
 
 
 # ---- Group commit ---------------------------------------------------------------------------------------------------
@@ -1132,8 +1483,8 @@ class GroupCommit:
     After DeWitt et al., "Implementation Techniques for Main Memory Database Systems", 1984.
     """
 
-    def __init__(self, session: Session, counts: Counts) -> None:
-        self._session, self._counts = session, counts
+    def __init__(self, session: Session, replication: Replication, counts: Counts) -> None:
+        self._session, self._replication, self._counts = session, replication, counts
         self._full = Outage("write queue", "full", "answering 503", "below its limit again")
         self._stamping = Outage("storing", "failing", "answering 503")
         self._ahead = Outage("`created`", "in the future", "storing all the same", "near the clock again")
@@ -1142,6 +1493,8 @@ class GroupCommit:
         self._waiting: deque[Ticket] = deque()
         self._waiting_bytes = 0
         self._group: list[Ticket] = []  # in hand
+        self._stuck_since: float | None = None  # a group was taken, and nothing could be stored since
+        self._trying = False  # whether it works again, without a group
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
 
@@ -1155,7 +1508,7 @@ class GroupCommit:
             if not self._waiting or self._waiting_bytes + ticket.size <= QUEUE_BYTES:
                 self._waiting.append(ticket)
                 self._waiting_bytes += ticket.size
-                self._wake.notify()
+                self._wake.notify_all()
                 return
         refusal = "The write queue is full; nothing was stored. Send the same request again."
         self._full.begin(f"{QUEUE_BYTES} bytes wait for a commit")
@@ -1178,17 +1531,28 @@ class GroupCommit:
         self._settle(late, partial(Unavailable, refusal, why="commit_late"))
         self._full.end(OVERLOAD_SECONDS)
 
+    def stuck_seconds(self) -> float:
+        """For how long nothing could be stored, 0 if it is less than STUCK_SECONDS. If that is all over, and nobody has
+        sent anything since, it is tried: a server that is not ready is sent nothing."""
+        with self._wake:
+            if self._stuck_since is None or time.monotonic() - self._stuck_since < STUCK_SECONDS:
+                return 0.0
+            self._trying = True
+            self._wake.notify_all()
+            self._wake.wait_for(lambda: self._stuck_since is None, TRY_SECONDS)
+            return 0.0 if self._stuck_since is None else time.monotonic() - self._stuck_since
+
     def close(self, seconds: float) -> int:
         """Stores what is queued, within that time; the number of lines left without an answer."""
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._wake.notify_all()
         self._thread.join(seconds)
         with self._wake:
             return sum(ticket.count for ticket in (*self._group, *self._waiting) if ticket.outcome is None)
 
     def _run(self) -> None:
-        while group := self._take():
+        while (group := self._take()) is not None:
             try:
                 self._store(group)
             except Exception:
@@ -1197,11 +1561,15 @@ class GroupCommit:
             if 1 < len(group) < GATHER_REQUESTS:
                 time.sleep(GATHER_SECONDS)
 
-    def _take(self) -> list[Ticket]:
-        """All that is queued, as one group. Empty at the end."""
+    def _take(self) -> list[Ticket] | None:
+        """All that is queued, as one group; an empty one, to try whether storing works. None at the end."""
         with self._wake:
             self._group = []
-            self._wake.wait_for(lambda: self._waiting or self._closing)
+            self._wake.wait_for(lambda: self._waiting or self._trying or self._closing)
+            self._trying = False
+            if self._closing and not self._waiting:
+                return None
+            self._stuck_since = self._stuck_since or time.monotonic()
             count = 0
             while self._waiting and count < MAX_BATCH_LINES:
                 self._group.append(self._next_waiting())
@@ -1218,8 +1586,9 @@ class GroupCommit:
         try:
             if self._newest is None:
                 [self._newest] = self._session.query(NEWEST)
-            columns = map(Column, map(b"\n".join, zip(*(ticket.columns for ticket in tickets), strict=True)))
-            row = self._session.query(STORE_LOGS, dict(zip(COLUMNS, columns, strict=True)))
+            values = map(b"\n".join, zip(*(ticket.columns for ticket in tickets), strict=True))
+            columns = map(Column, values if tickets else [b""] * len(COLUMNS))
+            *stored, server = self._session.query(STORE_LOGS, dict(zip(COLUMNS, columns, strict=True)))
         except Unavailable as error:
             return self._settle(tickets, error.again)
         except (psycopg.DataError, psycopg.IntegrityError) as error:
@@ -1228,17 +1597,25 @@ class GroupCommit:
                 return self._settle(tickets, partial(Unavailable, NO_ANSWER))
             if len(tickets) == 1:
                 self._counts.lines(rejected=tickets[0].lines)
+                self._storing_works()
                 return self._settle(tickets, partial(BadRequest, f"The database refuses it: {one_line(error)}."))
             for ticket in tickets:
                 self._store([ticket])
             return None
         self._counts.group(sum(ticket.count for ticket in tickets), time.monotonic() - self._session.begun)
         self._stamping.end()
-        self._deal_out(tickets, *row)
+        self._storing_works()
+        self._deal_out(tickets, server, *stored)
+
+    def _storing_works(self) -> None:
+        with self._wake:
+            self._stuck_since = None
+            self._wake.notify_all()
 
     def _deal_out(
         self,
         tickets: Sequence[Ticket],
+        server: Primary,
         created: datetime,
         numbers: Sequence[int] | None,
         times: Sequence[datetime] | None,
@@ -1249,6 +1626,10 @@ class GroupCommit:
         known: Mapping[int, datetime] = dict(zip(numbers or (), times or (), strict=True))
         conflicting = set(conflicts or ())
         total = sum(ticket.count for ticket in tickets)
+        if server.synchronous:  # this commit was waited for, hence all that is stored by it or was found by it
+            last = next((n for n in range(total, 0, -1) if n not in known and n not in conflicting), 0)
+            moments = [*known.values(), created + (last - 1) * MICROSECOND] if last else list(known.values())
+            self._replication.note(server, max(moments, default=None))
         if self._session.repeated and len(known) + len(conflicting) == total:
             lead = timedelta(seconds=ahead_seconds + time.monotonic() - self._session.begun)
             known, created = self._without_first_try(known, created, created - lead)
@@ -1570,7 +1951,16 @@ def parse_window(query: Mapping[str, Any], parameters: Mapping[str, Parameter] =
     return window
 
 
+FAILED_OVER = "Another server has taken over while this window was read; ask again."
 OVERTAKEN = "Records of this window have expired and were deleted while it was read; ask again."
+
+
+def of_history(server: Primary | None, row: Sequence[Any]) -> Sequence[Any]:
+    """A row without its Primary. Raises Unavailable if that is of another history than the given one."""
+    *values, answered = row
+    if server is None or server.history != answered.history:
+        raise Unavailable(FAILED_OVER)
+    return values
 
 
 class Part(NamedTuple):
@@ -1589,6 +1979,9 @@ class Window:
     where the one before ended; none holds a snapshot for longer, and a lost connection is replaced. A statement looks
     at a bounded number of rows, and so may find few records, or none, before the end.
 
+    All statements are answered from one history (`of_history`): after a failover with a loss two parts could be
+    of different ones, and the later one lack what the earlier one was followed by.
+
     Why no record that was deleted is passed over in silence: deleting goes upwards from the oldest, and `kept_from`
     comes from the very snapshot in which a part was read. If it is not above the part's start, the part is whole. If it
     is, records may be missing between the two: then who asked for them is answered 410 or, once the reply has begun,
@@ -1596,8 +1989,11 @@ class Window:
     something to the first part: what it has is all that is kept in that snapshot, and `kept_from` says so.
     """
 
-    def __init__(self, read: Callable[..., Any], asked: Mapping[str, Any], separator: bytes) -> None:
-        self._read, self._asked, self._separator = read, asked, separator
+    def __init__(
+        self, read: Callable[..., Any], replication: Replication, asked: Mapping[str, Any], separator: bytes
+    ) -> None:
+        self._read, self._replication, self._asked, self._separator = read, replication, asked, separator
+        self._server: Primary | None = None  # that said where the window ends
         self._parameters = {**asked, "separator": separator.decode(), "bytes": PART_BYTES}
         self._rows = PART_ROWS
         self._all_kept = asked["date_from"] <= EPOCH  # is asked for, not a certain start
@@ -1622,7 +2018,8 @@ class Window:
                 pieces.clear()
 
     def _find_end(self) -> datetime:
-        end, self.newest, kept_from = self._read(WINDOW_END, self._parameters)
+        end, self.newest, kept_from, self._server = self._read(WINDOW_END, self._parameters)
+        end = self._replication.end_of_window(self._start, end, self.newest, self._server)
         if kept_from is not None and self._all_kept:
             self._start = self._parameters["date_from"] = self.kept_from = kept_from
             end = max(end, kept_from)  # else what follows would start where nothing is kept
@@ -1630,7 +2027,7 @@ class Window:
         left, start = self._asked["limit"], self._start
         while left and start < end:
             rest = {**self._parameters, "date_from": start, "date_to": end, "rows": left}
-            count, next_from, kept_from = self._read(COUNT_PART, rest)
+            count, next_from, kept_from = of_history(self._server, self._read(COUNT_PART, rest))
             self._check_kept(start, kept_from)
             left, start = left - count, next_from
             if not left:
@@ -1639,7 +2036,8 @@ class Window:
 
     def _read_part(self) -> tuple[int, bytes]:
         """The next records. Where they are long, a part has fewer: the server would have to find that out each time."""
-        count, start, kept_from, size, text = self._read(READ_PART, {**self._parameters, "rows": self._rows})
+        part = self._read(READ_PART, {**self._parameters, "rows": self._rows})
+        count, start, kept_from, size, text = of_history(self._server, part)
         self._check_kept(self._parameters["date_from"], kept_from)
         self._parameters["date_from"] = start
         if count:
@@ -1749,14 +2147,15 @@ def parse_stats(query: Mapping[str, Any]) -> dict[str, Any]:
     return asked | {name: default for name, default in STATS_DEFAULTS.items() if asked[name] is None}
 
 
-def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def read_stats(read: Callable[..., Any], replication: Replication, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a window. Raises Unavailable, Gone.
 
     What is counted ends where /api/data's window would, below which nothing will ever be added: so both statements are
-    about the same records, unless retention deletes some in between. Whoever asked for those by date is answered 410,
-    as by Window.
+    about the same records, unless retention deletes some in between. A request that asked for those by date is answered
+    410, as Window does.
     """
-    window_end, oldest, newest, kept_from = read(STATS_WINDOW, asked)
+    window_end, oldest, newest, kept_from, server = read(STATS_WINDOW, asked)
+    window_end = replication.end_of_window(asked["date_from"], window_end, newest, server)
     all_kept = asked["date_from"] <= EPOCH
     date_from, date_to = asked["date_from"], asked["date_to"]
     if date_to is None:
@@ -1765,8 +2164,14 @@ def read_stats(read: Callable[..., Any], asked: Mapping[str, Any]) -> dict[str, 
         first = date_to if oldest is None else max(oldest - (oldest - EPOCH) % MINUTE, kept_from or EPOCH)
         date_from = min(first, date_to)
     edges = edges_of(date_from, date_to, asked["buckets"])
-    window = {**asked, "date_from": date_from, "date_to": window_end, "edges": edges[1:-1], "rows": STATS_ROWS}
-    kept_from, counts, ips, uris = read(STATS, window)
+    window = {
+        **asked,
+        "date_from": date_from,
+        "date_to": max(window_end, date_from),
+        "edges": edges[1:-1],
+        "rows": STATS_ROWS,
+    }
+    kept_from, counts, ips, uris = of_history(server, read(STATS, window))
     if kept_from is not None and kept_from > date_from and not all_kept:
         raise Gone(kept_from)
     methods = sorted(counts["methods"] or (), key=lambda one: (-one[1], one[0]))
@@ -1829,8 +2234,9 @@ OVERVIEW_POLICY = (
 class Api:
     """What is asked of the database: POST stores lines, GET returns windows of records, or counts them."""
 
-    def __init__(self, database: Database, places: Places) -> None:
+    def __init__(self, database: Database, commit: GroupCommit, places: Places) -> None:
         self._database = database
+        self._commit = commit
         self._places = places
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
@@ -1854,7 +2260,7 @@ class Api:
         as_lines = wanted in ("ndjson", NDJSON)
         before, between, after = (b"", b"\n", b"\n") if as_lines else (b"[", b",\n", b"]\n")
         response.content_type = NDJSON if as_lines else JSON
-        window = Window(self._database.read, asked, between)
+        window = Window(self._database.read, self._database.replication, asked, between)
         parts = window.parts()
         first = next(parts)
         if not first.is_last and request.method != "HEAD":
@@ -1876,14 +2282,16 @@ class Api:
 
     def on_get_stats(self, request: falcon.Request, response: falcon.Response) -> None:
         asked = parse_stats(request.params)
-        response.data = json.dumps(read_stats(self._database.read, asked)).encode()
+        response.data = json.dumps(read_stats(self._database.read, self._database.replication, asked)).encode()
 
     def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
-        """The database answers and has the schema."""
+        """The database answers and has the schema, and storing is not stuck."""
         if not self._database.read(SCHEMA_READY)[0]:
             raise Unavailable(NO_TABLES)
-        [ahead_seconds] = self._database.read(SECONDS_AHEAD)
-        answer: dict[str, Any] = {"ready": True}
+        ahead_seconds, server = self._database.read(SECONDS_AHEAD)
+        if stuck_seconds := self._commit.stuck_seconds():
+            raise Unavailable(f"Nothing could be stored for {stuck_seconds:.0f} s.")
+        answer: dict[str, Any] = {"ready": True, "host": self._database.hosts.address, "timeline": server.timeline}
         if ahead_seconds > AHEAD_SECONDS:
             answer["warning"] = f"`created` is {describe_lead(ahead_seconds)}"
         response.data = json.dumps(answer).encode()
@@ -1988,7 +2396,9 @@ def read_origins(setting: str) -> list[str]:
     return [origin.removesuffix(":80" if origin.startswith("http:") else ":443") for origin in origins]
 
 
-def create_app(database: Database, places: Places, settings: Settings, metrics: Metrics) -> falcon.App[Any, Any]:
+def create_app(
+    database: Database, commits: GroupCommit, places: Places, settings: Settings, metrics: Metrics
+) -> falcon.App[Any, Any]:
     """The WSGI application on given parts; only Channel can serve it: a POST ends in NeedsBody or Waiting."""
     app = falcon.App(media_type=JSON)
     origins = read_origins(settings.backend_cors_origins)
@@ -1997,7 +2407,7 @@ def create_app(database: Database, places: Places, settings: Settings, metrics: 
     app.add_middleware(Access(settings.api_token, origins))
     app.set_error_serializer(write_problem)
     app.add_error_handler(Exception, note_failure)
-    api = Api(database, places)
+    api = Api(database, commits, places)
     overview = Files(*page_files("overview", "uplot"), policy=OVERVIEW_POLICY)
     docs = Files(*page_files("swagger-ui"))
     app.add_route("/api/data", api)
@@ -2052,7 +2462,7 @@ def check_waitress() -> None:
     leaned_on = [(owner, name) for owner, names in WAITRESS_NAMES.items() for name in names]
     missing = [f"{owner.__name__}.{name}" for owner, name in leaned_on if not hasattr(owner, name)]
     if missing:
-        raise OSError(f"waitress has changed; it lacks {', '.join(missing)}: install the version of constraints.txt")
+        raise OSError(f"waitress has changed; it lacks {', '.join(missing)}: install the version in locks/")
 
 
 TRANSFER_ENCODING = re.compile(rb"(?im)^transfer-encoding:(.*)$")
@@ -2156,7 +2566,7 @@ class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             raise waitress.parser.ParsingError("Bad target or Content-Length") from error
         if too_large:
             self.command = self.request_uri = Request.command
-        if "close" in re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower()):
+        if "close" in self.headers.get("CONNECTION", "").lower().replace(",", " ").split():
             self.headers["CONNECTION"] = "close"  # waitress does not look for it in a list
         if unclear := self._what_is_unclear(header_plus):
             return self.refuse(unclear)
@@ -2901,17 +3311,17 @@ def make_server(
     """Connects the parts of one process, the worker of that number, and starts its threads."""
     sys.setswitchinterval(SWITCH_SECONDS)
     database, places = Database(conninfo, settings.threads), Places(settings.threads // 2)
-    app = create_app(database, places, settings, metrics)  # the threads that no export can have are for other GETs
     counts = metrics.counts(number)
     counts.set("workers", 1)
     say_progress = Progress(metrics).say_if_due if settings.workers == 1 else lambda: None  # else the parent does
-    commits = GroupCommit(database.storing, counts)
+    commits = GroupCommit(database.storing, database.replication, counts)
+    app = create_app(database, commits, places, settings, metrics)  # threads that no export can have: for other GETs
     server = Server(app, database, commits, places, settings.threads, listener, counts, say_progress)
     server.start(settings.threads)
-    counting = Session(conninfo, Outage("database (counting)"))
+    counting = Session(database.hosts, Outage("database (counting)"))
     start_chore("counting", partial(count_minutes, counting), COUNTING_PAUSE_SECONDS)
     if settings.retention_days:
-        deleting = Session(conninfo, Outage("database (retention)"))
+        deleting = Session(database.hosts, Outage("database (retention)"))
         start_chore("retention", partial(delete_expired, deleting, settings.retention_days), EXPIRY_PAUSE_SECONDS)
     return server
 
@@ -3016,6 +3426,7 @@ def migrate(conninfo: str, back: bool = False) -> list[str]:
     because a session that waits for it would hold a snapshot, for which CREATE INDEX CONCURRENTLY waits in turn.
     A pooler would hand the session that holds the lock to somebody else; it is known by its made-up process id.
     """
+    conninfo = make_conninfo("target_session_attrs=primary", **conninfo_to_dict(conninfo))
     options: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "client_encoding": "UTF8"}
     with psycopg.connect(conninfo, autocommit=True, **options) as connection:
         if connection.execute(SERVER_PID).fetchall() != [(connection.info.backend_pid,)]:

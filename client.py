@@ -1189,9 +1189,9 @@ class Journal:
         with self._mutex:
             known = self.sources.get(source, ())
             if known != tuple(files):
-                inodes = {one.inode for one in files}
-                gone = (Finished(one.inode, one.offset, one.marks[-1].crc)
-                        for one in known if one.inode not in inodes and one.marks and not one.base)  # fmt: skip
+                stay = {(one.inode, one.head) for one in files}  # numbers are used again
+                lost = [one for one in known if (one.inode, one.head) not in stay and one.marks and not one.base]
+                gone = (Finished(one.inode, one.offset, one.marks[-1].crc) for one in lost)
                 finished = (*self.finished.get(source, ()), *gone)[-FINISHED_FILES:]
                 flush_to_disk(self._file, self.path)
                 self._write_sources(self.sources | {source: tuple(files)}, self.finished | {source: finished})
@@ -1758,7 +1758,7 @@ class Rotation:
         head = state.head.encode("latin-1")
         is_packed = state.path.endswith(COMPRESSED)
         for _ in range(2):  # a rename may hide it from one look
-            for path, inode in self._candidates(state):
+            for modified, path, inode in self._candidates(state):
                 same = inode == state.inode and path.endswith(COMPRESSED) == is_packed  # numbers are used again
                 by_content = not by_inode and state.offset and (state.head or state.head_crc)
                 if inode in taken or not (same or by_content):
@@ -1767,7 +1767,8 @@ class Rotation:
                     file, final = open_member(path, head)
                 except (OSError, EOFError, zlib.error, ValueError):  # gone again, or not readable: it is not found
                     continue
-                another = state.left_at and not state.offset and os.fstat(file).st_mtime_ns != state.modified
+                size = os.fstat(file).st_size
+                another = state.left_at and not state.offset and size and modified != state.modified
                 if is_same(file, state) and not another:  # it was empty: by its time it is read in the right order
                     return OpenFile(file, replace(state, inode=inode, path=path), final)
                 os.close(file)
@@ -1809,8 +1810,8 @@ class Rotation:
                 return replace(fresh, offset=one.size, base=one.size)
         return fresh
 
-    def _candidates(self, state: FileState) -> list[tuple[str, int]]:
-        """Paths and inodes: any file of that inode first; then what may be a copy, the oldest first.
+    def _candidates(self, state: FileState) -> list[tuple[int, str, int]]:
+        """Time stamps, paths and inodes: any file of that inode first; then what may be a copy, the oldest first.
 
         A copy is newer than what was read, by the time stamp that it may have kept, to the second. What has compressed
         it may have left any: those come last.
@@ -1826,7 +1827,7 @@ class Rotation:
                 ours = self._journal.owns(entry.path)  # plain lines are the same there
                 if entry.is_file() and not ours and (inode == state.inode or copied):
                     found.append((inode != state.inode, older, modified, entry.path, inode))
-        return [(path, inode) for *_, path, inode in sorted(found)]
+        return [(modified, path, inode) for *_, modified, path, inode in sorted(found)]
 
     def _entries(self, state: FileState) -> list[os.DirEntry[str]]:
         """Where its files may be: beside the target of a link, of today's and of that time's."""
@@ -2020,6 +2021,11 @@ class FollowedFile:
             if since := missed_since(known, found, files[-1].state):
                 members = self._rotation.members_since(since, files, until=self._modified(files[-1]))
                 files[-1:-1] = between = self._rotation.opened(members, files)
+            unread = [state for state, one in zip(known, found, strict=True)
+                      if not state.offset and one in (None, files[-1])]  # fmt: skip
+            if between and (begun := next((state.begun for state in unread if state.begun), ())):
+                files[-1].state = replace(files[-1].state, begun=())  # these lines go on in the oldest one
+                between[0].state = replace(between[0].state, begun=begun)
         except OSError:
             for one in files:
                 one.close()

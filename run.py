@@ -22,10 +22,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
+import backend
+import background
+import client
 from embedded import stop_leftover_database
 
 HERE = Path(__file__).resolve().parent
@@ -38,9 +41,7 @@ TICK_SECONDS = 0.1  # how late a signal or the end of a part may be noticed
 # The client takes up to 5 s to deliver what it has if the backend is slow; usually each step is over at once.
 CLIENT_ENDS, REST_IS_WRITTEN, BACKGROUND_ENDS, BACKEND_ENDS, DATABASE_ENDS = 5.5, 6.5, 7.5, 9.0, 9.8
 
-# What the env files say as shipped; a run takes the other instead, or the backend's true port.
-SHIPPED_LOG_FILE, LOG_FILE = "logs.txt", "var/logs.txt"
-SHIPPED_URL = "http://localhost:8000/api/data"
+LOG_FILE = "var/logs.txt"  # in place of the client's own default, which is for the folder of whoever starts it by hand
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
@@ -55,7 +56,7 @@ def read_env_file(path: Path) -> dict[str, str]:
 def environment(service: str, environ: Mapping[str, str]) -> dict[str, str]:
     """What a service is started with: its env file, and above it the environment of this program."""
     values = read_env_file(HERE / "env" / f"{service}.env")
-    if values.get("LOG_FILE") == SHIPPED_LOG_FILE:
+    if values.get("LOG_FILE") == client.Settings.log_file:
         values["LOG_FILE"] = LOG_FILE
     return {**values, **environ}
 
@@ -63,12 +64,45 @@ def environment(service: str, environ: Mapping[str, str]) -> dict[str, str]:
 # ---- What a person reads -----------------------------------------------------------------------------------
 
 
-def say(text: str, who: str = "run") -> None:
-    """One line on standard output. If that is gone (terminal closed, `| head`), it goes on in silence."""
-    try:
-        print(f"{who:<12} | {text}\n", end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class Screen:
+    """Standard output. On a terminal the last line is how far the lines are, and renews itself; else each is a line of
+    its own. If the output is gone (terminal closed, `| head`), it goes on in silence."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the main thread and of those that pass on what parts print
+        self._last = ""  # on a terminal, what the line says that renews itself
+        self._renews = sys.stdout.isatty()
+
+    def say(self, text: str, who: str = "run") -> None:
+        """One line."""
+        with self._lock:
+            self._print(f"{self._clear}{who:<12} | {text}\n{self._last}")
+
+    def show(self, text: str) -> None:
+        """How far the lines are; "" takes that away from a terminal."""
+        if not self._renews:
+            if text:
+                self.say(text)
+            return
+        with self._lock:
+            columns = os.get_terminal_size().columns if text else 0
+            line = f"{'run':<12} | {text}"[: columns - 1] if text else ""
+            clear, self._last = self._clear, line
+            self._print(clear + line)
+
+    @property
+    def _clear(self) -> str:
+        return "\r\x1b[K" if self._last else ""
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+screen = Screen()
+say = screen.say
 
 
 class LineCount:
@@ -76,23 +110,31 @@ class LineCount:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._offset = 0
+        self._file: BinaryIO | None = None
         self.lines = 0
 
-    def update(self, end: int | None = None) -> int:
-        """Counts on, up to the byte offset `end` if there is one."""
-        with contextlib.suppress(OSError), open(self._path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < self._offset:
-                self._offset = 0
-            file.seek(self._offset)
-            while self._offset < (size if end is None else min(end, size)):
-                chunk = file.read(min(1024**2, (size if end is None else min(end, size)) - self._offset))
-                if not chunk:
-                    break
-                self._offset += len(chunk)
-                self.lines += chunk.count(b"\n")
+    def update(self, end: Callable[[], int] = lambda: sys.maxsize) -> int:
+        """Counts on; in the file that has the name now, up to the byte offset `end`."""
+        with contextlib.suppress(OSError):
+            if self._file is not None and not self._is_named():
+                self._count(sys.maxsize)
+                self._file.close()
+                self._file = None
+            self._file = self._file or open(self._path, "rb")  # noqa: SIM115
+            self._count(end())
         return self.lines
+
+    def _is_named(self) -> bool:
+        """Whether the file that was counted last is still the one of that name."""
+        assert self._file is not None
+        return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+
+    def _count(self, end: int) -> None:
+        assert self._file is not None
+        if os.fstat(self._file.fileno()).st_size < self._file.tell():
+            self._file.seek(0)
+        while chunk := self._file.read(max(0, min(1024**2, end - self._file.tell()))):
+            self.lines += chunk.count(b"\n")
 
 
 class Progress:
@@ -106,7 +148,7 @@ class Progress:
         self._before = (self.count(), time.monotonic())
 
     def count(self) -> tuple[int, int, int]:
-        stored = self._answered.update(self._acknowledged()) - self._refused.update()
+        stored = self._answered.update(self._acknowledged) - self._refused.update()
         return self._sent.update(), stored, self._written.update()
 
     def _acknowledged(self) -> int:
@@ -117,13 +159,19 @@ class Progress:
             return 0
 
     def line(self) -> str:
-        """Totals, and rates since the last time."""
+        """Totals, and rates since the last time; and which part is behind."""
         counts, now = self.count(), time.monotonic()
         before, then = self._before
         self._before = (counts, now)
         rates = [(new - old) / (now - then) for new, old in zip(counts, before, strict=True)]
         words = zip(("sent", "stored", "written"), counts, rates, strict=True)
-        return "   ".join(f"{word} {count:,} ({rate:,.0f}/s)" for word, count, rate in words)
+        return "   ".join(f"{word} {count:,} ({rate:,.0f}/s)" for word, count, rate in words) + self._behind(before)
+
+    def _behind(self, before: tuple[int, int, int]) -> str:
+        """What was there a while ago should have gone on by now."""
+        (sent, stored, _), (_, stored_now, written_now) = before, self._before[0]
+        late = {"backend": sent - self._refused.lines - stored_now, "background": stored - written_now}
+        return "".join(f"   {part} is behind by {lines:,}" for part, lines in late.items() if lines > 0)
 
 
 # ---- Parts -------------------------------------------------------------------------------------------------
@@ -205,37 +253,39 @@ class Run:
     """The parts of one run, from the first to the last."""
 
     def __init__(self, environ: Mapping[str, str], signals: list[int]) -> None:
+        """Raises Failed if a setting is wrong."""
         self._signals = signals
-        self._backend_settings = environment("backend", environ)
-        self._client_settings = environment("client", environ)
-        self._background_settings = environment("background", environ)
-        self._own_url = "URL" not in environ
+        self._backend = environment("backend", environ)
+        self._client = environment("client", environ)
+        self._background = environment("background", environ)
+        try:
+            backend_settings = backend.read_settings(self._backend)
+            client_settings = client.read_settings(self._client)
+            background_settings = background.read_settings(self._background)
+        except ValueError as error:
+            raise Failed(str(error)) from None
+        self.embedded = backend_settings.embedded
+        self._database = "PostgreSQL of DATABASE_URL" if backend_settings.database_url else backend_settings.db_host
+        self._url_is_open = "URL" not in environ and client_settings.url == client.Settings.url
         self._parts: list[Part] = []
-        self.journal = self._client_settings["LOG_FILE"].replace("%n", "1") or LOG_FILE
-        directory, name = self._background_settings["DIRECTORY"], self._background_settings["FILE_NAME"]
-        self.shared_file = os.path.join(directory or "var/shared", name or "data.txt")
-
-    @property
-    def embedded(self) -> bool:
-        settings = self._backend_settings
-        return settings.get("DB_HOST") in ("", "embedded") and not settings.get("DATABASE_URL")
+        self.journal = client_settings.log_file.replace("%n", "1")
+        self.shared_file = os.path.join(background_settings.directory, background_settings.file_name)
 
     def start(self) -> None:
         """All parts, one after the other. Raises Failed."""
         if not self.embedded:
             self._migrate()
         address = self._start_backend()
-        for settings in (self._client_settings, self._background_settings):
-            if self._own_url and settings["URL"] in ("", SHIPPED_URL):
-                settings["URL"] = f"http://{address}/api/data"
+        if self._url_is_open:  # the backend's true port is known only now
+            self._client["URL"] = self._background["URL"] = f"http://{address}/api/data"
         if not self._signals:
-            self._parts.append(Part("client", ["client.py"], self._client_settings))
+            self._parts.append(Part("client", ["client.py"], self._client))
             for number in (1, 2):
-                self._parts.append(Part(f"background-{number}", ["background.py"], self._background_settings))
+                self._parts.append(Part(f"background-{number}", ["background.py"], self._background))
             self._say_where(address)
 
     def _migrate(self) -> None:
-        migration = Part("migrate", ["backend.py", "migrate"], self._backend_settings)
+        migration = Part("migrate", ["backend.py", "migrate"], self._backend)
         self._parts.append(migration)
         while migration.status is None and not self._signals:
             time.sleep(TICK_SECONDS)
@@ -246,7 +296,7 @@ class Run:
 
     def _start_backend(self) -> str:
         """Its address, as soon as it answers there."""
-        backend = Part("backend", ["backend.py"], self._backend_settings)
+        backend = Part("backend", ["backend.py"], self._backend)
         self._parts.append(backend)
         deadline = time.monotonic() + READY_SECONDS
         while not self._signals and not (backend.address and is_ready(backend.address)):
@@ -257,14 +307,12 @@ class Run:
         return backend.address
 
     def _say_where(self, address: str) -> None:
-        settings = self._backend_settings
-        database = "PostgreSQL in var/postgres" if self.embedded else settings.get("DB_HOST") or "PostgreSQL"
         for what, where in (
+            ("look at it", f"http://{address}/"),
             ("try the API", f"http://{address}/docs"),
-            ("records", f"http://{address}/api/data"),
             ("client's lines", self.journal),
             ("shared file", self.shared_file),
-            ("database", "PostgreSQL of DATABASE_URL" if settings.get("DATABASE_URL") else database),
+            ("database", "PostgreSQL in var/postgres" if self.embedded else self._database),
             ("stop", "Ctrl-C"),
         ):
             say(f"{what:<15} {where}")
@@ -277,7 +325,7 @@ class Run:
             time.sleep(TICK_SECONDS)
             self._check()
             if time.monotonic() >= next_line:
-                say(progress.line())
+                screen.show(progress.line())
                 next_line += PROGRESS_SECONDS
 
     def _check(self) -> None:
@@ -348,6 +396,7 @@ def main() -> int:
             try:
                 run.start()
                 run.follow()
+                screen.show("")
                 say("ending all parts")
             finally:
                 run.end()

@@ -14,6 +14,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -228,7 +229,34 @@ def standby_of(primary: Postgres) -> Iterator[Postgres]:
         try:
             yield cluster
         finally:
-            cluster.stop("immediate")
+            if cluster.running:
+                cluster.resume()
+                cluster.stop("immediate")
+
+
+@contextmanager
+def synchronous_pair() -> Iterator[tuple[Postgres, Postgres]]:
+    """A primary, and a standby that its commits wait for; what is promoted waits for nobody."""
+    with new_postgres() as primary:
+        set_up = partial(execute, primary.url("postgres"))
+        set_up("ALTER SYSTEM SET wal_retrieve_retry_interval = '100ms'")  # for the standby, which gets a copy
+        with standby_of(primary) as standby:
+            set_up("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            set_up("SELECT pg_reload_conf()")
+            wait_until(lambda: is_in_step(primary), 60, "the synchronous standby")
+            yield primary, standby
+
+
+def execute(url: str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """The rows of one statement, in a session of its own."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(sql.encode(), parameters or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+def is_in_step(primary: Postgres) -> bool:
+    """Whether a standby follows that commits wait for."""
+    return execute(primary.url("postgres"), "SELECT sync_state FROM pg_stat_replication") == [("sync",)]
 
 
 @contextmanager

@@ -250,10 +250,11 @@ def test_what_the_connection_string_says_itself_goes_first(postgres: Postgres, s
     assert post(backend, new_item("1.2.3.4 GET /\u65e5\u672c 200")).status_code == 201
     assert [record["log"]["uri"] for record in backend.records()] == ["/\u65e5\u672c"]
     with psycopg.connect(url) as connection:
-        sessions = connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'mine'"
+        names = connection.execute(
+            "SELECT array_agg(DISTINCT application_name) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
         ).fetchone()
-    assert sessions == (2,)
+    assert names == (["mine"],)
 
 
 def test_another_table_of_the_name_in_the_search_path_takes_no_part(
@@ -338,7 +339,7 @@ def test_created_far_ahead_of_the_clock_is_said_in_the_log_and_by_readyz(start_b
     with past_the_guard(backend.database_url) as connection:
         connection.execute(PUT_ROW.format("now() + interval '50 seconds'"))
         assert post(backend, new_item()).status_code == 201
-        assert requests.get(f"{backend.url}/readyz", timeout=SECONDS).json() == {"ready": True}
+        assert "warning" not in requests.get(f"{backend.url}/readyz", timeout=SECONDS).json()
         assert "ahead" not in backend.printed
         connection.execute(PUT_ROW.format("now() + interval '1 hour'"))
         assert post(backend, new_item()).status_code == 201

@@ -273,5 +273,6 @@ def test_metrics_need_the_token_and_promtool_finds_nothing(start_backend: StartB
 
 def test_metrics_tell_all_routes_apart() -> None:
     unused: Any = None
-    inspected = falcon.inspect.inspect_app(service.create_app(unused, unused, service.Settings(), unused))
+    app = service.create_app(unused, unused, unused, service.Settings(), unused)
+    inspected = falcon.inspect.inspect_app(app)
     assert {route.path for route in inspected.routes} == set(service.ROUTES)

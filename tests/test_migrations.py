@@ -172,6 +172,7 @@ BLOCKS = [
     "LOCK TABLE logs IN ROW EXCLUSIVE MODE",  # DROP INDEX CONCURRENTLY waits for its end half-way
     "CREATE FUNCTION kept_from_v1() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     "CREATE FUNCTION stats_window_v1(timestamptz, timestamptz) RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    "CREATE FUNCTION confirm_v1() RETURNS int LANGUAGE sql AS 'SELECT 1'",
 ]
 
 

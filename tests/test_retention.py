@@ -498,7 +498,7 @@ def read_window(
             assert delete(connection, rows=5000)[0] == 5000
         return database.read(sql, parameters)
 
-    window = service.Window(read, {**service.parse_window({}), **asked}, b"\n")
+    window = service.Window(read, database.replication, {**service.parse_window({}), **asked}, b"\n")
     return window, window.parts()
 
 

@@ -246,6 +246,7 @@ class Containers(History):
     def compress(self) -> None:
         """With a later time stamp, a file of which nothing was read is found, but read too late for its pieces."""
         if self.stamp != "now" or self.host.is_up:
+            self.read(40)
             super().compress()
 
     def copy_and_truncate(self) -> None:

@@ -36,6 +36,7 @@ WRONG = {
         "DB_HOST": ["two words"],
         "DB_PORT": ["0", "65536"],
         "DATABASE_URL": [
+            "postgresql://a:hidden@/logs?host=one,two&port=1,2,3",
             "hidden",
             "mysql://a:hidden@localhost/logs",
             "postgresql://a:hidden@[::1/logs",

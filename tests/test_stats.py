@@ -155,9 +155,11 @@ def assert_exact(backend: Backend, window: dict[str, Any]) -> None:
 
 def numbers_and_records(database: service.Database, window: dict[str, Any]) -> tuple[Stats, list[Record]]:
     """Without a process in between, which would count in the background."""
-    stats = service.read_stats(database.read, service.parse_stats(as_query(window)))
+    stats = service.read_stats(database.read, database.replication, service.parse_stats(as_query(window)))
     asked = service.parse_window(as_query(without_limits(window)))
-    records = b"".join(part.text + b"\n" for part in service.Window(database.read, asked, b"\n").parts())
+    records = b"".join(
+        part.text + b"\n" for part in service.Window(database.read, database.replication, asked, b"\n").parts()
+    )
     return stats, [json.loads(record) for record in records.split()]
 
 
@@ -352,7 +354,9 @@ def test_what_is_counted_is_read_in_minutes_and_not_again_in_records(url: str, c
     database = service.Database(url, 1)
 
     def total(**window: Any) -> int:
-        return int(service.read_stats(database.read, service.parse_stats(as_query(window)))["total"])
+        return int(
+            service.read_stats(database.read, database.replication, service.parse_stats(as_query(window)))["total"]
+        )
 
     assert total(buckets=1) == 900
     assert total(buckets=1, date_to=counted_to) == 800

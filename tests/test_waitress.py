@@ -53,4 +53,4 @@ def test_a_waitress_that_lacks_one_is_refused_in_one_line(
     assert service.process.wait(30) == 1
     [line] = service.printed.splitlines()
     assert name in line
-    assert "constraints.txt" in line
+    assert "locks/" in line
