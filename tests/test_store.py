@@ -416,8 +416,8 @@ def test_a_worker_that_cannot_be_started_yet_is_started_later(start_backend: STA
     backend = start_backend(script=driver(tmp_path, "no_processes.py", NO_PROCESSES), WORKERS=2)
     wait_until(lambda: len(children(backend)) == 2, SECONDS, "two workers")
     assert store(backend)
-    assert backend.printed.count("starting a worker fails: Resource temporarily unavailable") == 1
-    backend.wait_for_line("starting a worker works again")
+    assert backend.printed.count("starting a worker failing: Resource temporarily unavailable") == 1
+    backend.wait_for_line("starting a worker works again after")
 
 
 def test_the_end_of_the_parent_ends_its_workers_and_frees_the_port(pair: Backend, start_backend: STARTED) -> None:
