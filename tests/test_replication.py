@@ -185,7 +185,7 @@ def test_an_exporter_is_not_told_of_a_loss_while_the_standby_is_away(
         assert post(writer, item).status_code == 503
         settings = {**reader.settings, "HOST": "127.0.0.1"}
         reader = start_backend(script=backend_with(tmp_path, "", **limits), **settings)  # knows nothing any more
-        reader.wait_for_line("synchronous standby not answering: ")  # the exporter has asked, as nobody else does
+        exporter.wait_for_line("answer 503 .*The synchronous standby does not answer")
         assert [record["id"] for record in read_records(shared)] == [first]
     wait_until(lambda: item["id"] in shared.read_text(), SECONDS, "the second record")
     assert [record["id"] for record in read_records(shared)] == [first, item["id"]]
