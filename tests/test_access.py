@@ -99,8 +99,8 @@ def test_no_spelling_of_a_private_route_passes_by_the_token(
             about = () if method in ("GET", "HEAD") else (PLAIN, f"Content-Length: {len(LINE)}")
             data = request(f"{method} {target} HTTP/1.1", "Connection: close", *about, body=LINE if about else b"")
             status, body = status_and_body(url, data)
-            of_public_file = re.fullmatch("/docs/assets/[^/]+", target) and method == "OPTIONS"
-            is_page = is_public_page(body) or (not body and (of_public_file or target[0] in "?#"))
+            of_page = re.fullmatch("[?#].*|https?://[^/]+|/docs/assets/[^/]+", target) and method in ("HEAD", "OPTIONS")
+            is_page = is_public_page(body) or (of_page and not body)
             if not (400 <= status < 500 or status in (501, 505) or is_page):
                 passed.append(f"{method} {target}: {status}")
     assert not passed, f"{len(passed)} passed, such as {passed[:40]}"

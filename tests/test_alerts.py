@@ -8,12 +8,16 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import requests
 from harness import ROOT, Backend, kept_port
 from waiting import wait_until
+
+import background
+import client
 
 SECONDS = 60
 OPS = ROOT / "ops"
@@ -55,6 +59,13 @@ def test_the_backend_has_each_metric_that_a_rule_asks_for(backend: Backend) -> N
     text = requests.get(f"{backend.url}/metrics", timeout=SECONDS).text
     assert len(asked) >= 5
     assert asked <= set(re.findall(r"^(logpipeline_backend_\w+)", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("service", [client, background])
+def test_client_and_exporter_have_each_metric_that_a_rule_asks_for(service: ModuleType) -> None:
+    asked = set(re.findall(rf"\b{service.METRICS_PREFIX}(\w+)", (OPS / "alerts.yml").read_text()))
+    assert len(asked) >= 2
+    assert asked <= service.METRICS.keys()
 
 
 @contextmanager
