@@ -1635,6 +1635,17 @@ def parted(file: int, state: FileState, journal: Journal, parser: Parser) -> Fil
     return replace(state, tail=os.pread(file, min(KNOWN_BYTES, offset), max(0, offset - KNOWN_BYTES)).decode("latin-1"))
 
 
+def copied_bytes(file: int, one: OpenFile) -> int:
+    """How much of a file was copied from one that is read anyway: all that both have, or nothing.
+
+    Short ones may be equal by chance. They count as copies only if what they were copied from is gone.
+    """
+    both = min(os.fstat(file).st_size, os.fstat(one.file).st_size)
+    if both < KNOWN_BYTES and not one.is_deleted:
+        return 0
+    return both if both and crc_of(file, 0, both) == crc_of(one.file, 0, both) else 0
+
+
 def missed_since(known: Sequence[FileState], found: Sequence[OpenFile | None], newest: FileState) -> FileState | None:
     """The file since which others may have been missed: nothing was read of it, so its content does not tell it."""
     unread = [state for state, one in zip(known[:-1], found, strict=False) if not one and not state.offset]
@@ -1798,7 +1809,7 @@ class Rotation:
             if one.is_deleted:
                 size = os.fstat(one.file).st_size
                 read.append((size, crc_of(one.file, 0, size) or 0))
-        opened = (self._open_between(*one, read) for one in members)
+        opened = (self._open_between(*one, read, known) for one in members)
         return [one for one in opened if one]
 
     def _state_of(self, file: int, path: str) -> FileState:
@@ -1841,7 +1852,9 @@ class Rotation:
         found = (suffix_of(path, os.path.join(os.path.dirname(path), name)) for name in sorted(names, key=len))
         return next((suffix for suffix in found if suffix is not None), None)
 
-    def _open_between(self, modified: int, path: str, inode: int, read: list[tuple[int, int]]) -> OpenFile | None:
+    def _open_between(
+        self, modified: int, path: str, inode: int, read: list[tuple[int, int]], known: Sequence[OpenFile]
+    ) -> OpenFile | None:
         """`read` has size and checksum of files that are known: each may have become one compressed one since then."""
         plain = path.removesuffix(next(filter(path.endswith, COMPRESSED), ""))
         if plain != path and os.path.exists(plain):
@@ -1860,6 +1873,9 @@ class Rotation:
             os.close(file)
             return None
         state = FileState(inode, path, modified=modified) if final else self._state_of(file, path)
+        copied = max((copied_bytes(file, one) for one in known if not final), default=0)
+        if copied > state.offset:
+            state = replace(state, offset=copied, base=copied)
         return OpenFile(file, state, final)
 
     def _tell_unreadable(self, path: str, why: str) -> None:
