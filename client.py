@@ -1636,14 +1636,12 @@ def parted(file: int, state: FileState, journal: Journal, parser: Parser) -> Fil
 
 
 def copied_bytes(file: int, one: OpenFile) -> int:
-    """How much of a file was copied from one that is read anyway: all that both have, or nothing.
+    """How much of a file was copied from one that is read anyway, and is gone: all that both have, or nothing.
 
-    Short ones may be equal by chance. They count as copies only if what they were copied from is gone.
+    If that one is still there, under a name of the rotation, files may well be equal that are no copies.
     """
-    both = min(os.fstat(file).st_size, os.fstat(one.file).st_size)
-    if both < KNOWN_BYTES and not one.is_deleted:
-        return 0
-    return both if both and crc_of(file, 0, both) == crc_of(one.file, 0, both) else 0
+    both = min(os.fstat(file).st_size, os.fstat(one.file).st_size) if one.is_deleted else 0
+    return both if crc_of(file, 0, both) == crc_of(one.file, 0, both) else 0
 
 
 def missed_since(known: Sequence[FileState], found: Sequence[OpenFile | None], newest: FileState) -> FileState | None:

@@ -470,22 +470,6 @@ def test_a_file_that_is_copied_and_then_replaced_is_read_once(
     assert stored(fake) == lines + new + last
 
 
-def test_a_copy_in_the_folder_is_not_read_when_the_file_is_renamed(
-    follow: Follow, fake: FakeBackend, source: Path
-) -> None:
-    write(source, lines := some_lines(200))
-    service = follow()
-    assert_stored(fake, lines)
-    shutil.copyfile(source, source.with_name("access.log.bak"))
-    source.rename(source.with_name("access.log.1"))
-    write(source, new := some_lines(100, "new"))
-    assert_stored(fake, lines + new)
-    append(source, last := some_lines(5, "last"))
-    assert_stored(fake, lines + new + last)
-    kill(service)
-    assert stored(fake) == lines + new + last
-
-
 def test_what_was_not_read_before_a_truncation_is_read_from_the_copy(
     follow: Follow, fake: FakeBackend, source: Path
 ) -> None:
