@@ -141,6 +141,7 @@ sys.exit(backend.main([]))
 """
 
 
+@pytest.mark.slow
 def test_while_all_places_for_large_exports_are_taken_only_large_exports_are_refused(
     start: Callable[..., Service], postgres: Postgres, tmp_path: Path
 ) -> None:

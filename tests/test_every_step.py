@@ -162,6 +162,7 @@ def add(fake: FakeBackend, lines: list[str]) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["generated", "followed"])
 def test_a_client_killed_at_any_step_loses_and_repeats_nothing(
     start: Start, step_program: Callable[[str, str], Path], tmp_path: Path, mode: str

@@ -294,6 +294,7 @@ def test_a_post_that_the_network_delivers_twice_is_stored_once(
     assert exporter.end() == 0
 
 
+@pytest.mark.slow
 def test_an_export_may_be_cut_at_any_byte_of_a_reply(start: Start, backend: Backend, shared: Path) -> None:
     """A record at a time; of the reply that has it one byte more comes through each time, from its first byte to its
     last chunk; where it is shorter, the next one is cut."""
@@ -316,7 +317,7 @@ def test_an_export_may_be_cut_at_any_byte_of_a_reply(start: Start, backend: Back
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
-@pytest.mark.parametrize("what", ["backend", "database"])
+@pytest.mark.parametrize("what", ["backend", pytest.param("database", marks=pytest.mark.slow)])
 def test_an_export_that_ends_before_its_end_is_not_taken_for_a_whole_one(
     start_backend: StartBackend, victim: Postgres, what: str, accept: str
 ) -> None:

@@ -41,3 +41,12 @@ def test_the_table_lists_every_setting_with_its_default() -> None:
         for name, default in defaults.items():
             shown = f"`{default}`" if default != "" else ""
             assert re.search(rf"\| `{name.upper()}` \| {re.escape(shown)} ?\|", README), f"{name.upper()} = {shown}"
+
+
+@pytest.mark.parametrize("document", ["SECURITY.md", "docs/ha.md"])
+def test_the_tests_that_a_document_names_are_there(document: str) -> None:
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    named = re.findall(r"`(?:tests/)?(test_\w+(?:\.py)?)`", (ROOT / document).read_text())
+    assert len(named) > 5
+    for name in named:
+        assert name in files or any(f"def {name}(" in text for text in files.values()), name

@@ -194,6 +194,7 @@ def test_ctrl_c_ends_all_processes_in_ten_seconds_and_the_next_run_goes_on(start
     assert_no_process_is_left(second)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_run_is_the_same_as_ctrl_c(start_run: StartRun) -> None:
     run = start_run()
     run.wait_for_records(5)
@@ -237,6 +238,7 @@ def test_if_a_part_dies_the_run_says_which_and_ends_the_others(start_run: StartR
     assert_no_process_is_left(run)
 
 
+@pytest.mark.slow
 def test_after_a_killed_backend_the_next_run_completes_the_file(start_run: StartRun) -> None:
     first = start_run()
     first.wait_for_records(20)
