@@ -290,7 +290,8 @@ def test_a_statement_cancelled_for_its_time_is_no_outage(
 ) -> None:
     direct = postgres.create_logs()
     url = direct if way == "direct" else pooler.url(direct)
-    backend = start_backend(script=backend_with(tmp_path, STATEMENT_SECONDS=2, COUNTING_PAUSE_SECONDS=600), DATABASE_URL=url)
+    script = backend_with(tmp_path, STATEMENT_SECONDS=2, COUNTING_PAUSE_SECONDS=600)
+    backend = start_backend(script=script, DATABASE_URL=url)
     assert post(backend).status_code == 201
     assert backend.records("?limit=1")
     before, printed = sessions(direct), len(backend.printed)
