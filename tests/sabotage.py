@@ -12,15 +12,15 @@ from pathlib import Path
 
 from harness import ROOT, SERVICES
 
-# name -> the file, what stands there, what stands there instead
+# name -> the file, what stands there, what stands there instead; and so on
 SABOTAGES = {
     "created-is-now": (
-        "migrations/0010.create-retention.sql",
+        "migrations/0012.follow-replication.sql",
         "SELECT greatest(clock_timestamp(), max(logs.created) + interval '1 microsecond')",
         "SELECT coalesce(now(), max(logs.created))",
     ),
     "stamp-without-lock": (
-        "migrations/0010.create-retention.sql",
+        "migrations/0012.follow-replication.sql",
         "    PERFORM pg_advisory_xact_lock(7021961410472345601);",
         "    ",
     ),
@@ -39,7 +39,12 @@ SABOTAGES = {
         "            except FileExistsError:\n                try:",
         "            except FileExistsError:\n                raise BlockingIOError from None\n                try:",
     ),
-    "no-lock": ("background.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    "no-lock": (  # nor what notices that somebody else has written
+        "background.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "        if os.fstat(self._descriptor).st_size != size:\n", "        if False:\n",
+        "        self._check_place(size, len(lines))\n", "",
+    ),
     "position-before-write": (
         "background.py",
         "        try:\n            rest",
@@ -74,10 +79,12 @@ def sabotaged(folder: Path, name: str) -> Iterator[None]:
     for file in ("backend.py", "client.py", "background.py", "openapi.json"):
         shutil.copy(ROOT / file, copy)
     if name:
-        file, right, wrong = SABOTAGES[name]
+        file, *words = SABOTAGES[name]
         text = (copy / file).read_text()
-        assert right in text, f"{file} has changed: mend the sabotage {name}"
-        (copy / file).write_text(text.replace(right, wrong))
+        for right, wrong in zip(words[::2], words[1::2], strict=True):
+            assert right in text, f"{file} has changed: mend the sabotage {name}"
+            text = text.replace(right, wrong)
+        (copy / file).write_text(text)
     SERVICES.append(copy)
     try:
         yield
