@@ -1925,12 +1925,6 @@ def catch_signals(exporter: Exporter) -> int:
             exporter.fetching = False
             raise Interrupted
 
-    def report(what: Any) -> None:
-        """A reply that was interrupted while it was made cannot be closed, of which Python 3.13 would print a trace."""
-        if not (exporter.ending and isinstance(what.object, http.client.HTTPResponse)):
-            sys.__unraisablehook__(what)
-
-    sys.unraisablehook = report
     for number in ENDING:
         signal.signal(number, interrupt)
     return reading
