@@ -744,6 +744,7 @@ def test_after_sigterm_what_is_in_the_journal_is_delivered(
     client.wait_for_line("stopped; 3000 lines delivered, 0 refused, 0 bytes left")
 
 
+@pytest.mark.slow
 def test_300_000_lines_without_a_backend_take_little_memory_and_sigterm_says_what_is_left(
     start: Start, source: Path, journal: Path
 ) -> None:

@@ -229,6 +229,7 @@ def test_a_post_that_waits_when_the_backend_is_ended_is_told_to_come_again(backe
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
 
 
+@pytest.mark.slow
 def test_a_session_of_postgresql_that_is_silent_is_kept_alive_by_the_minute(
     start_backend: Callable[..., Backend],
 ) -> None:

@@ -628,6 +628,7 @@ def test_postgresql_may_crash_be_killed_and_be_restarted_under_load_and_all_heal
     assert 3 <= backend.printed.count("back after") <= 18, backend.printed  # a dying server may answer once more
 
 
+@pytest.mark.slow
 def test_readers_go_on_without_a_gap_or_a_copy_after_a_dump_was_restored_in_a_younger_postgresql(
     start: Start, start_backend: StartBackend, postgres: Postgres, journal: Path, shared: Path
 ) -> None:
