@@ -44,7 +44,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from queue import LifoQueue
 from types import ModuleType
@@ -832,7 +831,7 @@ SECONDS_AHEAD = """
 SELECT seconds_ahead_v1(), system, timeline, synchronous
   FROM server_v1(%(system)s::bigint, %(timeline)s::integer)
 """
-NEWEST_AND_LEAD = "SELECT max(created), seconds_ahead_v1() FROM logs"
+NEWEST_AND_LEAD = "SELECT newest, seconds_ahead_v1() FROM window_end_v2('-infinity', NULL)"
 
 # Everything below the newest record is final: see migrations/0004.create-store-logs-v2.sql.
 WINDOW_END = """
@@ -2203,7 +2202,7 @@ def as_buckets(counts: Sequence[tuple[int, int, int]], edges: Sequence[datetime]
     """The buckets of a reply, from [bucket, class of status, number of records] of those that are not 0."""
     buckets: list[dict[str, Any]] = [
         {"date_from": format_date(start), "date_to": format_date(end), **{f"{n}xx": 0 for n in range(1, 6)}}
-        for start, end in pairwise(edges)
+        for start, end in itertools.pairwise(edges)
     ]
     for bucket, status_class, count in counts:
         buckets[bucket][f"{status_class}xx"] = count
@@ -3495,7 +3494,7 @@ def check_database(settings: Settings) -> str:
     if conninfo is None:
         return "embedded, not in use now; the backend starts it under var/postgres"
     try:
-        connection = psycopg.connect(conninfo, connect_timeout=CONNECT_SECONDS)
+        connection = connect_to_check(conninfo)
     except psycopg.Error as error:
         advice = "start PostgreSQL, or correct the settings DB_... or DATABASE_URL"
         raise OSError(f"could not connect: {one_line(error)}: {advice}") from error
@@ -3512,7 +3511,7 @@ def check_schema(settings: Settings) -> str:
     conninfo = conninfo_to_check(settings)
     if conninfo is None:
         return "brought up to date by the backend when it starts"
-    with psycopg.connect(conninfo, connect_timeout=CONNECT_SECONDS) as connection:
+    with connect_to_check(conninfo) as connection:
         try:
             applied = {migration for (migration,) in connection.execute(APPLIED)}
         except psycopg.errors.UndefinedTable:
@@ -3535,6 +3534,15 @@ def conninfo_to_check(settings: Settings) -> str | None:
     if not settings.embedded:
         return settings.conninfo
     return import_embedded().conninfo_if_used()  # type: ignore[no-any-return]
+
+
+def connect_to_check(conninfo: str) -> psycopg.Connection[Any]:
+    """To the primary of several hosts, as Hosts would; to a single one whatever it is, so that it can be said. Raises
+    psycopg.Error."""
+    attributes = "primary" if len(each_host(conninfo)) > 1 else "any"
+    own = {"target_session_attrs": attributes, "connect_timeout": CONNECT_SECONDS}
+    options: dict[str, Any] = {**own, **conninfo_to_dict(conninfo)}
+    return psycopg.connect(**options)
 
 
 def check_port(settings: Settings) -> str:

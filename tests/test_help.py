@@ -164,4 +164,6 @@ def test_check_tells_a_standby_from_the_database() -> None:
         name = primary.create_logs().split("/")[3].split("?")[0]
         with standby_of(primary) as standby:
             status, lines = check(DATABASE_URL=f"{standby.url(name)}&target_session_attrs=any")
+            both, said = check(DATABASE_URL=f"{standby.url(name)},{primary.socket_folder}")
     assert (status, lines[1]) == (1, "FAILED  database: the server is in recovery, a standby: name the primary")
+    assert (both, said[1].split(":")[0]) == (0, "ok      database")  # as when it serves
