@@ -3089,11 +3089,11 @@ def check_metrics_file(path: str) -> None:
 # restore. It only reads, so the clients of these journals may run meanwhile, and it may be killed and run again.
 #
 # Why each line goes under its own id, and so is stored once:
-#   * Only what was delivered is sent: it has been sent under that id before. What was not may still be cut off, and read
-#     again under another id; its client delivers it, to whatever database there is.
-#   * LOG_FILE goes by .journal, which was read while the file was LOG_FILE: what it calls delivered is of starts that it
-#     knows. A renamed part goes by its content, all of it, so it does not matter what it is called by now. Of two parts
-#     that are equal the ids of both are true, and each is taken once.
+#   * Only what was delivered is sent: it has been sent under that id before. What was not may still be cut off, and
+#     read again under another id; its client delivers it, to whatever database there is.
+#   * LOG_FILE goes by .journal, which was read while the file was LOG_FILE: what it calls delivered is of starts that
+#     it knows. A renamed part goes by its content, all of it, so it does not matter what it is called by now. Of two
+#     parts that are equal the ids of both are true, and each is taken once.
 #   * A client whose disk is full empties LOG_FILE in place and appends to it again, but not before .journal names other
 #     ids. So .journal is read again after each read of LOG_FILE: if it has the same ids still, for that file or for a
 #     renamed part, what was read was from before.
@@ -3107,6 +3107,9 @@ def check_metrics_file(path: str) -> None:
 # after it, which takes turning it on, or RETENTION_DAYS down, in that moment.
 # Why no line is left out in silence: all files are opened at a moment between two rotations, and each is gone through
 # from its first line to its last delivered one, past nothing that the backend has not answered for.
+
+
+NOTHING_DELETED = float("-inf")  # in place of a `kept_from`
 
 
 class Replayed(NamedTuple):
@@ -3183,16 +3186,14 @@ def spans_before(end: int, spans: Spans) -> Spans:
 class ReplayCourier(Courier):
     """Looks at what retention has deleted before it sends anything."""
 
-    def __init__(self, settings: Settings, journal: Replay, kept_from: float | None) -> None:
-        """None: whatever it has deleted."""
+    def __init__(self, settings: Settings, journal: Replay, latest: float) -> None:
+        """`latest` is the last `kept_from` with which it goes on."""
         super().__init__(settings, journal)
-        self._settings = settings
-        self._latest = None if kept_from is None else kept_from + OVERTAKEN_SECONDS
-        self._look_due = 0.0
+        self._settings, self._latest, self._look_due = settings, latest, 0.0
 
     def _send(self, lines: Sequence[tuple[str, bytes]]) -> Taken:
         """Raises NotDelivered, Failed."""
-        if self._latest is not None and time.monotonic() >= self._look_due:
+        if self._latest < float("inf") and time.monotonic() >= self._look_due:
             if ask_kept_from(self._settings)[0] > self._latest:
                 raise Failed("retention has deleted more since this began: run it again")
             self._look_due = time.monotonic() + KEPT_SECONDS
@@ -3206,7 +3207,7 @@ def replay(settings: Settings, paths: Sequence[str], everything: bool) -> int:
     """
     try:
         check_backend(settings)
-        kept_from, now = (None, 0.0) if everything else first_kept_from(settings)
+        kept_from, now = (NOTHING_DELETED, 0.0) if everything else ask_kept_from(settings)
         files: list[Replayed] = []
         complete = True
         names = set(map(os.path.realpath, paths))
@@ -3218,18 +3219,22 @@ def replay(settings: Settings, paths: Sequence[str], everything: bool) -> int:
         if not journal.left():
             raise Failed("there is nothing to send")
         print(f"sending {journal.left()} bytes of {journal.path} to {settings.url}", flush=True)
-        courier = ReplayCourier(settings, journal, kept_from)
+        courier = ReplayCourier(settings, journal, float("inf") if everything else kept_from + OVERTAKEN_SECONDS)
         start(watch, courier)
         while journal.left():
             if not courier.deliver():
                 time.sleep(POLL_SECONDS)
+    except NotDelivered as error:
+        print(f"cannot replay: it is not known what retention has deleted: {error}; if nothing, use --all", flush=True)
+        return 1
     except (Failed, Spoilt, OSError) as failure:
         print(f"cannot replay: {failure}", flush=True)
         return 1
     stored, known, refused = (courier.counts[f"lines_{name}_total"] for name in ("stored", "duplicate", "refused"))
-    print(f"done: {stored} lines stored, {known} were there already, {refused} refused", flush=True)
+    print(f"done: {stored} lines stored, {known} were there already, {refused} refused")
     if journal.held:
         print(f"{len(journal.held)} lines were refused on the way to the backend: run this again once that is mended")
+    sys.stdout.flush()
     return 0 if complete and not journal.held else 1
 
 
@@ -3239,7 +3244,7 @@ def watch(courier: Courier) -> None:
         courier.look_at_the_time()
 
 
-def find_files(path: str, kept_from: float | None, now: float) -> tuple[list[Replayed], bool]:
+def find_files(path: str, kept_from: float, now: float) -> tuple[list[Replayed], bool]:
     """The file, and with LOG_FILE its renamed parts; whether all their ids are known. Says what is left out. Raises
     Failed, Spoilt, OSError."""
     journal = next((one for one in (path, PART_NUMBER.sub("", path)) if os.path.exists(f"{one}.journal")), path)
@@ -3253,15 +3258,17 @@ def find_files(path: str, kept_from: float | None, now: float) -> tuple[list[Rep
     found, complete = [], True
     for name, file in opened:
         size = os.fstat(file).st_size
-        part = part_of(file, size, [one for one in left if one is not current])
-        if part is None and name == journal and size and is_head(file, size, state):
-            part = current
-            if size > state.acknowledged:
-                print(f"left out: {size - state.acknowledged} bytes of {name} that its client has not delivered yet")
-        if part:
-            found.append(lines_to_send(name, file, part, left.pop(part), journal if part is current else ""))
+        is_log_file = os.path.exists(journal) and os.path.samestat(os.fstat(file), os.stat(journal))
+        if is_log_file:
+            part = current if size and is_head(file, size, state) else None
+        else:
+            part = part_of(file, size, [one for one in left if one is not current])
+        if part in left:
+            found.append(lines_to_send(name, file, part, left.pop(part), journal if is_log_file else ""))
             complete &= part.spans[0][0] == 0
-        elif size:  # else a rotation is about to begin it
+            if size > part.size:
+                print(f"left out: {size - part.size} bytes of {name} that its client has not delivered yet")
+        elif size and part is None:  # else a rotation is about to begin it, or was killed when it had both names
             print(f"left out: {name}, whose ids {journal}.journal does not have: it was renamed by an older version, or"
                   " compressed, cut or edited since")  # fmt: skip
             complete = False
@@ -3269,7 +3276,7 @@ def find_files(path: str, kept_from: float | None, now: float) -> tuple[list[Rep
 
 
 def open_files(path: str, journal: str) -> tuple[list[tuple[str, int]], JournalState | None]:
-    """The file and its renamed parts, with .journal as it was when all of them had these names. Raises Spoilt, OSError."""
+    """The file and its renamed parts, and .journal from when they all had these names. Raises Spoilt, OSError."""
     while True:
         opened: list[tuple[str, int]] = []
         try:
@@ -3310,7 +3317,7 @@ def lines_to_send(path: str, file: int, part: Rotated, younger: int, journal: st
             raise Failed(f"no line of {path} ends at byte {offset}, as its .journal says: it was edited")
     if named:
         count = count_lines(file, 0, named)
-        print(f"left out: {count} lines of {path} from before its last 1,000 starts, as their ids are not known any more")
+        print(f"left out: {count} lines of {path} from before the last 1,000 starts, whose ids are no longer known")
     if start > named:
         count = count_lines(file, named, start)
         print(f"left out: {count} lines of {path} that retention may have deleted; --all sends these, too, and what it"
@@ -3322,12 +3329,12 @@ def count_lines(file: int, start: int, end: int) -> int:
     return sum(os.pread(file, min(CHUNK_BYTES, end - at), at).count(b"\n") for at in range(start, end, CHUNK_BYTES))
 
 
-def younger_from(times: Sequence[Times], kept_from: float | None, now: float) -> list[int]:
-    """For each part, the oldest first, the offset from which on it was certainly appended after that. None: all of it.
+def younger_from(times: Sequence[Times], kept_from: float, now: float) -> list[int]:
+    """For each part, the oldest first, the offset from which on it was certainly appended after that.
 
     Of a clock that was ahead for a while, what it has shown before it was set back is not believed.
     """
-    if kept_from is None:
+    if kept_from == NOTHING_DELETED:
         return [0] * len(times)
     starts, believed = [], now
     for of_part in reversed(times):
@@ -3340,17 +3347,9 @@ def younger_from(times: Sequence[Times], kept_from: float | None, now: float) ->
     return starts[::-1]
 
 
-def first_kept_from(settings: Settings) -> tuple[float | None, float]:
-    """Raises Failed."""
-    try:
-        return ask_kept_from(settings)
-    except NotDelivered as error:
-        raise Failed(f"it is not known what retention has deleted: {error}; if nothing, use --all") from error
-
-
 def ask_kept_from(settings: Settings) -> tuple[float, float]:
-    """Up to when the database has deleted records, -inf if none, and the backend's clock, in seconds since the epoch.
-    Raises NotDelivered."""
+    """Up to when the database has deleted records, and the backend's clock, in seconds since the epoch. Raises
+    NotDelivered."""
     path = f"{urlsplit(settings.url).path or '/'}?date_from=1970-01-02T00:00:00Z&limit=1"
     try:
         with closing(connection_to(settings.url, HTTP_SECONDS)) as connection:
@@ -3361,7 +3360,7 @@ def ask_kept_from(settings: Settings) -> tuple[float, float]:
         raise NotDelivered(type(error).__name__, str(error) or type(error).__name__) from error
     now = moment_of(response.headers.get("Date", ""))
     if (response.status, kind) == (200, "application/x-ndjson"):
-        return float("-inf"), now
+        return NOTHING_DELETED, now
     with suppress(ValueError, LookupError, TypeError):
         if (response.status, kind) == (410, "application/problem+json"):
             return datetime.fromisoformat(json.loads(text)["kept_from"]).timestamp(), now
