@@ -71,8 +71,8 @@ def change_state(journal: Path, **values: Any) -> None:
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Each file with its content and the time of its last change."""
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+    """Each file that belongs to a journal with its content and the time of its last change."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("logs.txt*")}
 
 
 def sent(fake: FakeBackend) -> list[dict[str, str]]:
@@ -122,13 +122,20 @@ def test_what_the_database_lost_is_stored_again_under_the_same_ids(backend: Back
     assert printed.splitlines()[-1] == "done: 6500 lines stored, 1500 were there already, 0 refused"
     assert status == 0
     assert {record["id"]: line_of(record) for record in backend.records()} == before
-    assert {name: files[name] for name in files if not name.endswith(".out")} == {
-        name: file for name, file in contents(journal.parent).items() if not name.endswith(".out")
-    }
+    assert contents(journal.parent) == files
     for paths, count in [((journal,), 8000), ((f"{journal}.1",), 3000), ((journal, f"{journal}.2"), 8000)]:
         status, printed = replay(backend.data_url, *paths, BATCH_SIZE=10_000)
         assert printed.splitlines()[-1] == f"done: 0 lines stored, {count} were there already, 0 refused"
         assert status == 0
+    execute(backend.database_url, "INSERT INTO retention (kept_from) VALUES (now())")
+    status, printed = replay(backend.data_url, journal)
+    assert (status, printed.splitlines()[-1]) == (1, "cannot replay: there is nothing to send")
+    assert f"left out: 1000 lines of {journal} that retention may have deleted" in printed
+    change_state(journal, times=[[0, int(datetime.now(UTC).timestamp())]])
+    execute(backend.database_url, "UPDATE retention SET kept_from = now() - interval '1 day'")
+    status, printed = replay(backend.data_url, journal)
+    assert status == 0
+    assert re.search("done: 0 lines stored, [0-9]{4} were there already, 0 refused\n$", printed)
 
 
 def test_a_renamed_part_is_known_by_its_content(ready: FakeBackend, journal: Path, tmp_path: Path) -> None:
@@ -200,6 +207,7 @@ def test_what_the_backend_refuses_is_counted_and_its_reason_told(ready: FakeBack
 # ---- Beside a client ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_works_beside_a_client_that_rotates_all_the_time(
     ready: FakeBackend, start: Start, journal: Path, tmp_path: Path
 ) -> None:
@@ -302,7 +310,9 @@ def test_wherever_a_rotation_is_killed_the_ids_stay_known(
     os.close(ours._file)
     os.close(delivered(journal, ["192.0.2.9 GET /after 200"])._file)
     found: dict[str, bytes] = {}
-    for one in client.find_files(str(journal), client.NOTHING_DELETED, 0.0)[0]:
+    files, complete = client.find_files(str(journal), client.NOTHING_DELETED, 0.0)
+    assert complete
+    for one in files:
         found |= dict(client.lines_with_ids(one.file, one.start, one.end, one.spans, 4000))
     assert len(wanted) == 6000
     assert found.items() >= wanted.items()
@@ -500,17 +510,31 @@ def delivered_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return journal
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[str, Path], str]:
+    """What a replay in this process says, which comes to nothing."""
+
+    def refused_here(url: str, path: Path) -> str:
+        assert client.replay(client.Settings(url=url), [str(path)], everything=False) == 1
+        return capsys.readouterr().out
+
+    return refused_here
+
+
 @pytest.mark.parametrize("spoil", FILES)
 def test_a_file_that_is_no_journal_is_one_line_and_nothing_is_sent(
-    ready: FakeBackend, delivered_once: Path, tmp_path: Path, spoil: Callable[[Path], Path]
+    ready: FakeBackend,
+    delivered_once: Path,
+    tmp_path: Path,
+    refused: Callable[[str, Path], str],
+    spoil: Callable[[Path], Path],
 ) -> None:
     shutil.copytree(delivered_once.parent, tmp_path / "copy")
     path = spoil(tmp_path / "copy/logs.txt")
     if path.name == "logs.txt":
         for part in path.parent.glob("*.1"):
             part.unlink()
-    status, printed = replay(ready.data_url, path)
-    assert status == 1
+    printed = refused(ready.data_url, path)
     assert re.match(FILES[spoil], printed)
     assert printed.count("\n") == (2 if printed.startswith("left out") else 1)
     assert printed.splitlines()[-1].startswith("cannot replay: ")
@@ -550,10 +574,11 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_a_backend_that_does_not_take_lines_is_one_line(fake: FakeBackend, delivered_once: Path, kind: str) -> None:
+def test_a_backend_that_does_not_take_lines_is_one_line(
+    fake: FakeBackend, delivered_once: Path, refused: Callable[[str, Path], str], kind: str
+) -> None:
     fake.answer, wanted = ANSWERS[kind]
-    status, printed = replay(fake.data_url, delivered_once)
-    assert status == 1
+    printed = refused(fake.data_url, delivered_once)
     assert re.fullmatch(f"cannot replay: .*{wanted}.*\n", printed), printed
     assert sent(fake) == []
 
