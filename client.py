@@ -84,7 +84,8 @@ TIME_SECONDS = 600.0  # between notes in .journal of what time it is
 TIMES = 256  # of them for one journal; then every second one goes
 TIMES_ROTATED = 16  # of them for a renamed one
 CLOCK_SECONDS = 6 * 3600  # by which clocks of the backend and of a database that took over may differ, in a replay
-OVERTAKEN_SECONDS = 3600  # by which retention may go on during a replay; less than CLOCK_SECONDS
+OVERTAKEN_SECONDS = 3600  # of these, by which retention may go on during a replay
+AHEAD_SECONDS = 60  # of these, between the clocks of several backends
 KEPT_SECONDS = 1.0  # between looks at what it has deleted, during a replay
 OUTAGE_REASONS = 10  # of one outage are told; more would be a flood
 CHUNK_BYTES = 256 * 1024  # of a source at a time; a longer line is refused
@@ -3099,10 +3100,10 @@ def check_metrics_file(path: str) -> None:
 #     renamed part, what was read was from before.
 # Why nothing is stored anew that retention has deleted, with its id: if it has deleted nothing, there is no such line.
 # If it has, only what was appended after `kept_from` is sent, as that has a later `created`. The journal has no times,
-# but .journal has: how long the journal was when the backend's clock, by the Date of an answer, had shown what. Of a
-# clock that was set back since, only what it had not taken back is believed. CLOCK_SECONDS allow for a database, or its
-# successor, whose clock is behind the backend's; up to OVERTAKEN_SECONDS of them may go to retention that goes on
-# meanwhile, which is looked at all the time. What is left out is said.
+# but .journal has: how long the journal was when the backend's clock, by the Date of an answer, had shown what. What a
+# clock had shown before it was set back is not believed. CLOCK_SECONDS allow for a database, or its successor, whose
+# clock is behind the backend's, and for retention that goes on meanwhile, by OVERTAKEN_SECONDS: that is looked at all
+# the time. What is left out is said.
 # The limits: rows that were deleted by hand come back; so does what retention deletes between such a look and the POST
 # after it, which takes turning it on, or RETENTION_DAYS down, in that moment.
 # Why no line is left out in silence: all files are opened at a moment between two rotations, and each is gone through
@@ -3332,7 +3333,7 @@ def count_lines(file: int, start: int, end: int) -> int:
 def younger_from(times: Sequence[Times], kept_from: float, now: float) -> list[int]:
     """For each part, the oldest first, the offset from which on it was certainly appended after that.
 
-    Of a clock that was ahead for a while, what it has shown before it was set back is not believed.
+    A time that is later than one that was noted after it is of a clock that was ahead, and says nothing.
     """
     if kept_from == NOTHING_DELETED:
         return [0] * len(times)
@@ -3340,9 +3341,9 @@ def younger_from(times: Sequence[Times], kept_from: float, now: float) -> list[i
     for of_part in reversed(times):
         start = sys.maxsize
         for offset, seconds in reversed(of_part):
-            believed = min(believed, seconds)
-            if believed > kept_from + CLOCK_SECONDS:
-                start = offset
+            if seconds <= believed + AHEAD_SECONDS:
+                believed = min(believed, seconds)
+                start = offset if seconds > kept_from + CLOCK_SECONDS else start
         starts.append(start)
     return starts[::-1]
 

@@ -378,7 +378,8 @@ AGES: dict[str, tuple[list[client.Times], float, list[int]]] = {
         NOW - 3 * DAY,
         [sys.maxsize, 9],
     ),
-    "a clock that is ahead": ([((0, NOW + 9 * DAY), (4, NOW + 9 * DAY))], NOW - 3 * DAY, [0]),
+    "a clock that was ahead last": ([((0, NOW - 9 * DAY), (4, NOW + 9 * DAY))], NOW - 3 * DAY, [sys.maxsize]),
+    "two clocks": ([((0, NOW - 30), (4, NOW + 30))], NOW - 3 * DAY, [0]),
     "a clock that was set back": ([((0, NOW + 9 * DAY),)], NOW, [sys.maxsize]),
 }
 
