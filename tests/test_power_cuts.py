@@ -28,7 +28,7 @@ from waiting import wait_until
 
 Start = Callable[..., Service]
 LABORATORY_BYTES = 2 * 1024**3  # a sparse file
-CUTS = 10  # of each file system
+CUTS = 6  # of each file system
 IMAGE_BYTES = {"ext4": 256 * 1024**2, "xfs": 300 * 1024**2}
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
 
