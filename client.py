@@ -3256,20 +3256,24 @@ def find_files(path: str, kept_from: float, now: float) -> tuple[list[Replayed],
     parts = [*state.rotated, current]
     younger = younger_from([part.times for part in parts], kept_from, now)
     left = dict(zip(parts, younger, strict=True))  # a part is one file
-    found, complete = [], True
+    found: list[Replayed] = []
+    complete, seen = True, list[os.stat_result]()
     for name, file in opened:
-        size = os.fstat(file).st_size
-        is_log_file = os.path.exists(journal) and os.path.samestat(os.fstat(file), os.stat(journal))
+        size = (status := os.fstat(file)).st_size
+        if not size or any(os.path.samestat(status, other) for other in seen):
+            continue  # a rotation is about to begin it, or was killed when it had both names
+        seen.append(status)
+        is_log_file = name == journal or (os.path.exists(journal) and os.path.samestat(status, os.stat(journal)))
         if is_log_file:
-            part = current if size and is_head(file, size, state) else None
+            part = current if is_head(file, size, state) else None
         else:
             part = part_of(file, size, [one for one in left if one is not current])
-        if part in left:
+        if part:
             found.append(lines_to_send(name, file, part, left.pop(part), journal if is_log_file else ""))
             complete &= part.spans[0][0] == 0
             if size > part.size:
                 print(f"left out: {size - part.size} bytes of {name} that its client has not delivered yet")
-        elif size and part is None:  # else a rotation is about to begin it, or was killed when it had both names
+        else:
             print(f"left out: {name}, whose ids {journal}.journal does not have: it was renamed by an older version, or"
                   " compressed, cut or edited since")  # fmt: skip
             complete = False

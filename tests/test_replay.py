@@ -253,6 +253,23 @@ def delivered(path: Path, lines: Sequence[str]) -> client.Journal:
     return journal
 
 
+def test_a_rotation_right_after_the_files_were_opened_changes_nothing(
+    journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, open_files = delivered(journal, [ONE] * 2000), client.open_files
+
+    def opened(*arguments: Any) -> Any:
+        result = open_files(*arguments)
+        ours.rotate_if_due()
+        return result
+
+    monkeypatch.setattr(client, "open_files", opened)
+    [one], complete = client.find_files(str(journal), client.NOTHING_DELETED, 0.0)
+    assert complete
+    assert Path(f"{journal}.1").exists()
+    assert len(client.Replay([one]).pending(3000)) == 2000
+
+
 @pytest.mark.parametrize("kind", ["renamed", "emptied", "renamed and emptied", "neither"])
 def test_a_journal_that_is_emptied_meanwhile_ends_it(journal: Path, kind: str) -> None:
     """A full disk makes the client do so: what is in the same place later has other ids."""
