@@ -123,10 +123,8 @@ def test_what_the_database_lost_is_stored_again_under_the_same_ids(backend: Back
     assert status == 0
     assert {record["id"]: line_of(record) for record in backend.records()} == before
     assert contents(journal.parent) == files
-    for paths, count in [((journal,), 8000), ((f"{journal}.1",), 3000), ((journal, f"{journal}.2"), 8000)]:
-        status, printed = replay(backend.data_url, *paths, BATCH_SIZE=10_000)
-        assert printed.splitlines()[-1] == f"done: 0 lines stored, {count} were there already, 0 refused"
-        assert status == 0
+    status, printed = replay(backend.data_url, journal, f"{journal}.2", BATCH_SIZE=10_000)
+    assert (status, printed.splitlines()[-1]) == (0, "done: 0 lines stored, 8000 were there already, 0 refused")
     execute(backend.database_url, "INSERT INTO retention (kept_from) VALUES (now())")
     status, printed = replay(backend.data_url, journal)
     assert (status, printed.splitlines()[-1]) == (1, "cannot replay: there is nothing to send")
