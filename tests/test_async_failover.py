@@ -116,7 +116,8 @@ def test_what_an_asynchronous_failover_lost_is_given_back_once(
         append(source, some_lines(1000, "new"))
         wait_for_rows(there, 3000)
         for exporter in exporters:
-            exporter.kill(signal.SIGCONT)
+            exporter.kill(signal.SIGCONT)  # all of them first: one may have been stopped in its turn
+        for exporter in exporters:
             exporter.wait_for_line(
                 f"{shared} ends in record .* nothing is appended.*run background.py reconcile", SECONDS
             )
