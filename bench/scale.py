@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from harness import Backend, backend_with, cpu_seconds, execute, past_the_guard, peak_memory_bytes
@@ -31,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 MILLION = 1_000_000
 BATCH, CONNECTIONS = 1000, 4  # lines; as in the row on batches of bench.py
 FETCHES = 20  # of a window, in a round
+TURNS = 4  # in which the batches of a round are posted
 EPOCH = 1_767_225_600  # 2026-01-01; the n-th record was created n ms later
 
 # Lines as a site has them: few visitors come often and many seldom (Pareto), each with an address of its own, scattered
@@ -41,10 +43,11 @@ METHODS = 80 * ["GET"] + 12 * ["POST"] + 4 * ["HEAD"] + 2 * ["PUT"] + ["DELETE",
 STATUSES = 75 * [200] + 10 * [304] + 8 * [404] + 4 * [301] + 2 * [500] + [403]
 FILL = """
 INSERT INTO logs (id, created, ip, method, uri, status_code)
-SELECT (substr(md5((n / 1000 %% 20)::text), 1, 20) || lpad(to_hex(n * 60), 12, '0'))::uuid,
+SELECT CASE WHEN %(scattered)s THEN md5(n::text)::uuid
+            ELSE (substr(md5((n / 1000 %% 20)::text), 1, 20) || lpad(to_hex(n * 60), 12, '0'))::uuid END,
        '2026-01-01Z'::timestamptz + n * interval '1 millisecond',
        CASE WHEN n %% 400 = 7 THEN inet '192.0.2.7'
-            ELSE inet '0.0.0.0' + visitor * %(scatter)s %% 4294967296 END,
+            ELSE inet '0.0.0.0' + CASE WHEN %(scattered)s THEN n ELSE visitor END * %(scatter)s %% 4294967296 END,
        CASE WHEN n %% 400 = 3 THEN 'PURGE'
             ELSE (%(methods)s::text[])[method] END,
        '/shop/' || n %% 977 || '/item-' || n || '?ref=start',
@@ -71,12 +74,12 @@ WINDOWS = {
     "of a rare address": (0.5, "&ip=192.0.2.7"),
 }
 
-# Lines that are posted, by what is in them: what clients send of a site; or what is worst for an index, ids and
-# addresses that are anywhere in it
+# Tables and lines by what is in them: what clients send of a site; or what is worst for an index, each id and each
+# address anywhere in it
 USUAL, SCATTERED = "clients' ids, usual addresses", "random ids, random addresses"
 
 SIZES = """
-SELECT 'table', pg_table_size('logs')
+SELECT 'the table', pg_table_size('logs')
  UNION ALL
 SELECT indexrelid::regclass::text, pg_relation_size(indexrelid)
   FROM pg_index
@@ -129,10 +132,11 @@ class Figure:
 Figures = dict[str, Figure]  # by their work, in the order in which they are first measured
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """One of the two, and the figures of both."""
+    """One of two, and the figures of both."""
 
+    kind: str
     records: int
     small: bool
     url: str
@@ -150,24 +154,44 @@ def markdown(small: int, large: int, figures: Figures) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+Pairs = list[tuple[Table, Backend]]
+
 # ---- The tables -----------------------------------------------------------------------------------------------------
 
 
 def fill(table: Table) -> None:
-    """As lines come: in the order of `created`, with all indexes in place. By tenths, to see the cost of a row grow."""
+    """As lines come: in the order of `created`, with all indexes in place; where that would take an hour, because each
+    row is elsewhere in them, the indexes are built afterwards."""
     with past_the_guard(table.url) as connection:
+        indexes = drop_indexes(connection) if table.kind == SCATTERED else []
         connection.execute("SELECT setseed(0.5)")
-        pid, costs = connection.info.backend_pid, []
+        pid, costs, step = connection.info.backend_pid, [], table.records // 10
         for tenth in range(10):
-            before, step = cpu_seconds(pid), table.records // 10
-            connection.execute(FILL, {**CONSTANTS, "first": tenth * step + 1, "last": (tenth + 1) * step})
+            before, part = cpu_seconds(pid), {"first": tenth * step + 1, "last": (tenth + 1) * step}
+            connection.execute(FILL, {**CONSTANTS, **part, "scattered": table.kind == SCATTERED})
             costs.append(1e6 * (cpu_seconds(pid) - before) / step)
-        print("    µs of the server's CPU for a row of each tenth:", *(f"{cost:.1f}" for cost in costs), flush=True)
-        table.add("INSERT … SELECT, the last tenth: the server's CPU", "µs/record", costs[-1])
+        for definition in indexes:
+            connection.execute(definition.encode())
         began = time.perf_counter()
         connection.execute("VACUUM (ANALYZE) logs")
-        table.add("the first VACUUM (ANALYZE)", "s", time.perf_counter() - began)
-        connection.execute("CHECKPOINT")
+        if table.kind == USUAL:
+            print(
+                "    µs of the server's CPU for a row, tenth by tenth:", *(f"{cost:.1f}" for cost in costs), flush=True
+            )
+            table.add("INSERT … SELECT, the last tenth: the server's CPU", "µs/record", costs[-1])
+            table.add("the first VACUUM (ANALYZE)", "s", time.perf_counter() - began)
+
+
+def drop_indexes(connection: psycopg.Connection[Any]) -> list[str]:
+    """All but that on `created`, which is appended to; what brings them back."""
+    indexes = connection.execute(
+        "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index"
+        " WHERE indrelid = 'logs'::regclass AND NOT indisunique"
+    ).fetchall()
+    for name, _ in indexes:
+        connection.execute(f"DROP INDEX {name}".encode())
+    connection.execute("ALTER TABLE logs DROP CONSTRAINT logs_pkey")
+    return ["ALTER TABLE logs ADD CONSTRAINT logs_pkey PRIMARY KEY (id)", *(definition for _, definition in indexes)]
 
 
 def count_minutes(table: Table) -> None:
@@ -176,27 +200,31 @@ def count_minutes(table: Table) -> None:
         began = time.perf_counter()
         while connection.execute("SELECT counted FROM count_minutes_v1(50000)").fetchall() != [(0,)]:
             pass
-        table.add("counting by minute, for /api/stats", "records/s", table.records / (time.perf_counter() - began))
+        if table.kind == USUAL:
+            table.add("counting by minute, for /api/stats", "records/s", table.records / (time.perf_counter() - began))
 
 
 def weigh(table: Table) -> None:
     for name, size in execute(table.url, SIZES):
-        table.add(f"size: {name}", "bytes/record", size / table.records)
+        table.add(f"size of {name}", "bytes/record", size / table.records)
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def read(bench: Bench, table: Table, backend: Backend, limit: int, dice: random.Random) -> None:
+def read(bench: Bench, pairs: Pairs, limit: int, dice: random.Random) -> None:
+    """The two take turns window by window: whatever else the machine does, it does to both."""
     target = bench.folder / "read"
-    spread = table.records // 20
     for name, (place, filters) in WINDOWS.items():
-        times = []
+        times: dict[Table, list[float]] = {table: [] for table, _ in pairs}
         for _ in range(FETCHES):
-            first = int(place * (table.records - spread - limit)) + dice.randrange(spread) + 1
-            query = f"date_from={EPOCH + first / 1000:.3f}&limit={limit}{filters}"
-            times.append(fetch_window(f"{backend.data_url}?{query}", target, limit))
-        table.add(f"a window of {limit:,} {name}", "ms", 1000 * statistics.median(times), "≤ 1.3")
+            for table, backend in pairs:
+                spread = table.records // 20
+                first = int(place * (table.records - spread - limit)) + dice.randrange(spread) + 1
+                query = f"date_from={EPOCH + first / 1000:.3f}&limit={limit}{filters}"
+                times[table].append(fetch_window(f"{backend.data_url}?{query}", target, limit))
+        for table in times:
+            table.add(f"a window of {limit:,} {name}", "ms", 1000 * statistics.median(times[table]), "≤ 1.3")
 
 
 def export(bench: Bench, table: Table, backend: Backend, records: int) -> None:
@@ -237,7 +265,7 @@ def bodies_of(kind: str, batches: int, dice: random.Random) -> list[bytes]:
 
 
 def checkpoint(table: Table) -> None:
-    """From here on the first change of each page writes all of it into the WAL, for either table alike."""
+    """Of the whole cluster: from here on the first change of a page, in either table, writes all of it into the WAL."""
     execute(table.url, "CHECKPOINT")
 
 
@@ -246,32 +274,43 @@ def rate_of(backend: Backend, bodies: list[bytes]) -> float:
     return len(bodies) * BATCH / post_bodies(backend.data_url, "application/json", bodies, CONNECTIONS)
 
 
-def store(table: Table, backend: Backend, kind: str, batches: int, dice: random.Random) -> None:
-    bodies, lines = bodies_of(kind, batches, dice), batches * BATCH
-    checkpoint(table)
+def cost_of(table: Table, backend: Backend, bodies: list[bytes]) -> tuple[float, float, float]:
+    """Seconds, CPU seconds of the sessions, bytes of WAL."""
     cpu, [(wal,)] = sessions_cpu_seconds(table.url), execute(table.url, WAL_BYTES)
-    table.add(f"storing, {kind}", "lines/s", rate_of(backend, bodies), "≥ 0.85" if kind == USUAL else "")
+    seconds = post_bodies(backend.data_url, "application/json", bodies, CONNECTIONS)
     used, [(written,)] = sessions_cpu_seconds(table.url) - cpu, execute(table.url, WAL_BYTES)
-    table.add(f"storing, {kind}: the server's CPU", "µs/line", 1e6 * used / lines)
-    table.add(f"storing, {kind}: WAL from a checkpoint on", "bytes/line", (written - wal) / lines)
-    table.add(
-        f"storing, {kind}: pages that were not in shared_buffers",
-        "pages/line",
-        pages_read(table, kind, batches // 5, dice),
-    )
+    return seconds, used, written - wal
 
 
-def pages_read(table: Table, kind: str, batches: int, dice: random.Random) -> float:
+def store(pairs: Pairs, batches: int, dice: random.Random) -> None:
+    """In several turns, from a checkpoint on."""
+    bodies = [bodies_of(table.kind, batches, dice) for table, _ in pairs]
+    sums = [[0.0, 0.0, 0.0] for _ in pairs]
+    checkpoint(pairs[0][0])
+    for turn in range(TURNS):
+        for n, (table, backend) in enumerate(pairs):
+            costs = cost_of(table, backend, bodies[n][turn::TURNS])
+            sums[n] = [sum(values) for values in zip(sums[n], costs, strict=True)]
+    for (table, _), (seconds, cpu, wal) in zip(pairs, sums, strict=True):
+        work, lines = f"storing, {table.kind}", batches * BATCH
+        table.add(work, "lines/s", lines / seconds, "≥ 0.85" if table.kind == USUAL else "")
+        table.add(f"{work}: the server's CPU", "µs/line", 1e6 * cpu / lines)
+        table.add(f"{work}: WAL from a checkpoint on", "bytes/line", wal / lines)
+        pages = pages_read(table, max(1, batches // 5), dice)
+        table.add(f"{work}: pages that were not in shared_buffers", "pages/line", pages)
+
+
+def pages_read(table: Table, batches: int, dice: random.Random) -> float:
     """For a line, as store_logs_v2 is told to explain."""
-    client, pages, calls = f"{dice.getrandbits(80):020x}", 0, max(1, batches)
+    client, pages = f"{dice.getrandbits(80):020x}", 0
     with psycopg.connect(table.url, autocommit=True) as connection:
-        for number in range(calls):
-            ids, texts = zip(*batch(kind, client, number, dice), strict=True)
+        for number in range(batches):
+            ids, texts = zip(*batch(table.kind, client, number, dice), strict=True)
             columns = zip(*(text.split() for text in texts), strict=True)
             row = connection.execute(STORE, [list(ids), *map(list, columns)]).fetchone()
             assert row is not None
             pages += row[0][0]["Plan"]["Shared Read Blocks"]
-    return pages / calls / BATCH
+    return pages / batches / BATCH
 
 
 # ---- Retention and vacuum -------------------------------------------------------------------------------------------
@@ -330,35 +369,41 @@ MARKS = ("<!-- make bench-scale -->", "<!-- end of make bench-scale -->")  # in 
 SETTINGS = ("shared_buffers", "max_wal_size", "checkpoint_timeout")
 
 
-def measure(bench: Bench, *tables: Table) -> None:
-    """In phases, so that the tables are of their nominal size when they are read. In each phase they take turns.
+def measure(bench: Bench, small: int, large: int) -> Figures:
+    """In phases, so that the tables are of their nominal size when they are read.
 
-    Of a million records a window has 1,000, as has a step of retention, and 100 batches are posted at a time; with
+    Of a million records a window has 1,000, as has a step of retention, and 100 batches are posted in a round; with
     fewer, these are fewer, too: a rare value has to be in the table often enough, and something has to be left.
     """
-    small, dice = tables[0].records, random.Random(1)
-    batches, limit, step = max(CONNECTIONS, small // 10_000), small // 1000, small // 1000
-    for table in tables:
+    figures, dice = Figures(), random.Random(1)
+    batches, limit, step = max(TURNS, small // 10_000), small // 1000, small // 1000
+    usual, scattered = (
+        [Table(kind, records, records == small, bench.postgres.create_logs(), figures) for records in (small, large)]
+        for kind in (USUAL, SCATTERED)
+    )
+    for table in (*usual, *scattered):
         fill(table)
         count_minutes(table)
+    for table in usual:
         weigh(table)
     with ExitStack() as stack:
-        backends = [bench.backend(stack, table.url) for table in tables]
+        pairs = [(table, bench.backend(stack, table.url)) for table in usual]
         for _ in range(bench.rounds):
-            for table, backend in zip(tables, backends, strict=True):
-                read(bench, table, backend, limit, dice)
+            read(bench, pairs, limit, dice)
         for _ in range(bench.rounds):
-            for table, backend in zip(tables, backends, strict=True):
-                export(bench, table, backend, min(MILLION, small))
-    with ExitStack() as stack:
-        backends = [bench.backend(stack, table.url, WORKERS=2) for table in tables]
-        for kind, part in ((USUAL, 1), (SCATTERED, 2)):
+            for table, backend in pairs:
+                export(bench, table, backend, small)
+    for tables, share in ((usual, 1), (scattered, 2)):
+        with ExitStack() as stack:
+            pairs = [(table, bench.backend(stack, table.url, WORKERS=2)) for table in tables]
             for _ in range(bench.rounds):
-                for table, backend in zip(tables, backends, strict=True):
-                    store(table, backend, kind, max(CONNECTIONS, batches // part), dice)
+                store(pairs, max(TURNS, batches // share), dice)
+    with ExitStack() as stack:
+        pairs = [(table, bench.backend(stack, table.url, WORKERS=2)) for table in usual]
         for _ in range(bench.rounds):
-            for table, backend in zip(tables, backends, strict=True):
-                retain(bench, table, backend, step, max(CONNECTIONS, batches // 2), dice)
+            for table, backend in pairs:
+                retain(bench, table, backend, step, max(TURNS, batches // 2), dice)
+    return figures
 
 
 def about(bench: Bench) -> str:
@@ -376,7 +421,7 @@ def main() -> int:
     large = round(options.rows * MILLION)
     if large < 10_000:
         parser.error(f"--rows is {options.rows}: it must be 0.01 or more")
-    small, figures = min(MILLION, large // 10), Figures()
+    small = min(MILLION, large // 10)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
@@ -385,7 +430,7 @@ def main() -> int:
         try:
             facts = about(bench)
             print(facts, flush=True)
-            measure(bench, *(Table(n, n == small, bench.postgres.create_logs(), figures) for n in (small, large)))
+            figures = measure(bench, small, large)
         finally:
             bench.postgres.stop("immediate")
     minutes = (time.perf_counter() - began) / 60

@@ -29,8 +29,9 @@ def test_a_missed_aim_is_marked() -> None:
     assert verdict("", 100, 500) == ""
 
 
-def test_a_table_is_filled_with_usual_and_rare_values(postgres: Postgres) -> None:
-    table = scale.Table(4000, True, postgres.create_logs(), scale.Figures())
+@pytest.mark.parametrize("kind", [scale.USUAL, scale.SCATTERED])
+def test_a_table_is_filled_with_common_and_rare_values(postgres: Postgres, kind: str) -> None:
+    table = scale.Table(kind, 4000, True, postgres.create_logs(), scale.Figures())
     scale.fill(table)
     scale.weigh(table)
     [(records, rare_methods, rare_statuses, rare_addresses, frequent)] = execute(
@@ -40,8 +41,9 @@ def test_a_table_is_filled_with_usual_and_rare_values(postgres: Postgres) -> Non
         scale.FREQUENT,
     )
     assert (records, rare_methods, rare_statuses, rare_addresses) == (4000, 10, 10, 10)
-    assert 1200 < frequent < 1800
-    assert {"size: table", "size: logs_pkey", "size: logs_created_key"} < set(table.figures)
+    assert 1200 < frequent < 1800 if kind == scale.USUAL else frequent <= 1
+    sizes = {"size of logs_pkey", "size of logs_created_key", "size of logs_kind_created_idx"}
+    assert sizes < set(table.figures)
 
 
 @pytest.mark.slow  # it starts a database and eight backends
