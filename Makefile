@@ -80,7 +80,8 @@ bench: $(TEST_READY) bench-tools ## Measure against what people would use instea
 
 .PHONY: bench-scale
 bench-scale: $(TEST_READY) bench-tools ## Measure how it bears growth: 1 and 10 million records; ROWS=50 for more
-	@PYTHONPATH=.:tests $(VENV)/bin/python -W ignore -m bench.scale --rows $(or $(ROWS),10) --rounds $(or $(ROUNDS),3)
+	@PYTHONPATH=.:tests $(VENV)/bin/python -W ignore -m bench.scale --rows $(or $(ROWS),10) --rounds $(or $(ROUNDS),3) \
+	  $(if $(SETTINGS),--settings $(SETTINGS))
 
 .PHONY: lint
 lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict

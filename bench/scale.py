@@ -1,8 +1,8 @@
-"""Measures how the pipeline bears growth: `make bench-scale`, or with ROWS=50 (million records).
+"""Measures how the pipeline bears growth: `make bench-scale`; ROWS=50 (million records), SETTINGS="shared_buffers=2GB".
 
 A table of so many records and one of a million (a tenth, where that is less) take turns, ROUNDS times, in one
 PostgreSQL with its own settings, which embedded.py and Compose leave as they are. What counts is the ratio of the
-medians. The table is printed; that of a run with ten million records or more goes into SCALE.md.
+medians. The table is printed; that of ten million records or more, with no other settings, goes into SCALE.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import psycopg
 from harness import Backend, backend_with, cpu_seconds, execute, past_the_guard, peak_memory_bytes
+from psycopg import sql
 from waiting import wait_until
 
 from bench.bench import MIB, SECONDS, Bench, curl, fetch_window, figure, machine, post_bodies, sessions_cpu_seconds
@@ -406,6 +407,16 @@ def measure(bench: Bench, small: int, large: int) -> Figures:
     return figures
 
 
+def configure(bench: Bench, settings: list[str]) -> None:
+    with psycopg.connect(bench.postgres.url("postgres"), autocommit=True) as connection:
+        for setting in settings:
+            name, _, value = setting.partition("=")
+            statement = sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
+            connection.execute(statement)
+    bench.postgres.stop()
+    bench.postgres.start()
+
+
 def about(bench: Bench) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
     settings = {name: execute(bench.postgres.url("postgres"), f"SHOW {name}")[0][0] for name in SETTINGS}
@@ -417,6 +428,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=float, default=10, help="million records of the larger table")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=VALUE", help="of PostgreSQL")
     options = parser.parse_args()
     large = round(options.rows * MILLION)
     if large < 10_000:
@@ -428,6 +440,8 @@ def main() -> int:
         folder.chmod(0o755)
         bench = Bench(folder, options.rounds)
         try:
+            if options.settings:
+                configure(bench, options.settings)
             facts = about(bench)
             print(facts, flush=True)
             figures = measure(bench, small, large)
@@ -436,7 +450,7 @@ def main() -> int:
     minutes = (time.perf_counter() - began) / 60
     text = f"{facts}; {options.rounds} rounds, {minutes:.0f} minutes.\n\n{markdown(small, large, figures)}"
     print(text)
-    if large >= 10 * MILLION:
+    if large >= 10 * MILLION and not options.settings:
         file = HERE / "SCALE.md"
         before, _, rest = file.read_text().partition(MARKS[0])
         file.write_text(f"{before}{MARKS[0]}\n{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
