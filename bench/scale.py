@@ -408,11 +408,15 @@ def measure(bench: Bench, small: int, large: int) -> Figures:
 
 
 def configure(bench: Bench, settings: list[str]) -> None:
+    """Sets PostgreSQL's settings and restarts it. Raises SystemExit for one that it refuses."""
     with psycopg.connect(bench.postgres.url("postgres"), autocommit=True) as connection:
         for setting in settings:
             name, _, value = setting.partition("=")
             statement = sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
-            connection.execute(statement)
+            try:
+                connection.execute(statement)
+            except psycopg.Error as error:
+                raise SystemExit(f"bench-scale: {setting}: {error.diag.message_primary}") from error
     bench.postgres.stop()
     bench.postgres.start()
 
