@@ -1,0 +1,292 @@
+"""Draining: a backend that is told to stop says so to a proxy, and cuts off nothing that was sent to it meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import select
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from haproxy import HAProxy, running_haproxy
+from harness import Backend, Postgres, backend_with, children_of, execute, is_running, stop
+from nginx import is_listening
+from raw_http import Answer, connect, exchange, post, read_to_end, request, split_answers
+from waiting import wait_until
+
+SECONDS = 60
+LONG = 600  # seconds of draining that no test waits for
+READYZ = request("GET /readyz HTTP/1.1")
+HEALTH = request("GET /api/health HTTP/1.1")
+NOTHING_LEFT = "stopped; 0 requests and 0 lines were left without an answer"
+
+
+def a_post(*headers: str) -> bytes:
+    return post(json.dumps({"id": str(uuid.uuid4()), "log": "192.0.2.1 GET / 200"}), *headers)
+
+
+def say(connection: socket.socket, data: bytes) -> Answer:
+    """Sends a request; its answer, which comes in one piece."""
+    connection.sendall(data)
+    [answer] = split_answers(connection.recv(65536))
+    return answer
+
+
+def assert_last(answers: Sequence[Answer], status: int = 201) -> None:
+    """All are what they should be, and the last one says that it is."""
+    assert [answer.status for answer in answers] == [status] * len(answers), answers
+    assert [answer.headers.get("connection") for answer in answers] == [None] * (len(answers) - 1) + ["close"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_backend_told_to_stop_is_not_ready_at_once_and_serves_on(
+    start_backend: Callable[..., Backend], workers: int
+) -> None:
+    backend = start_backend(WORKERS=workers, DRAIN_SECONDS=LONG)
+    with connect(backend.url) as used, connect(backend.url) as idle:
+        for connection in (used, idle):
+            assert "connection" not in say(connection, HEALTH).headers
+        assert exchange(backend.url, request("GET /readyz HTTP/1.1", "Connection: close"))[0].status == 200
+        os.killpg(backend.pid, signal.SIGTERM)  # as a terminal does: to the workers too
+        wait_until(lambda: backend.printed.count(f"draining for {LONG} s") == workers, SECONDS, "all workers")
+        for _ in range(8 * workers):
+            assert_last(exchange(backend.url, READYZ), 503)
+            assert_last(exchange(backend.url, a_post()))
+        used.sendall(a_post())
+        assert_last(split_answers(read_to_end(used)))
+        used.close()
+        assert select.select([idle], [], [], 0)[0] == []  # nothing to read, not even an end
+        backend.kill(signal.SIGINT)  # a second one
+        assert backend.process.wait(SECONDS) == 0
+        assert read_to_end(idle) == b""
+    assert backend.printed.count(NOTHING_LEFT) == workers
+
+
+def test_draining_ends_by_itself_after_its_seconds(start_backend: Callable[..., Backend]) -> None:
+    backend = start_backend(WORKERS=2, DRAIN_SECONDS=1)
+    wait_until(lambda: exchange(backend.url, a_post("Connection: close"))[0].status == 201, SECONDS, "a worker")
+    began = time.monotonic()
+    assert backend.end(SECONDS) == 0
+    assert time.monotonic() - began >= 1
+
+
+def test_workers_whose_parent_has_died_do_not_drain(start_backend: Callable[..., Backend]) -> None:
+    backend = start_backend(WORKERS=2, DRAIN_SECONDS=LONG)
+    wait_until(lambda: len(children_of(backend.pid)) == 2, SECONDS, "two workers")
+    workers = children_of(backend.pid)
+    backend.kill()
+    wait_until(lambda: not any(map(is_running, workers)), SECONDS, "the end of the workers")
+
+
+def test_what_has_come_when_a_backend_stops_is_answered_before_it_ends(backend: Backend) -> None:
+    with ExitStack() as stack:
+        idle = [stack.enter_context(connect(backend.url)) for _ in range(20)]
+        for connection in idle:
+            say(connection, HEALTH)
+        stop(backend.pid)
+        waiting = [stack.enter_context(connect(backend.url)) for _ in range(20)]
+        for connection in (*idle, *waiting):
+            connection.sendall(a_post() + a_post() + a_post())
+        backend.kill(signal.SIGTERM)
+        os.kill(backend.pid, signal.SIGCONT)
+        for connection in (*idle, *waiting):
+            answers = split_answers(read_to_end(connection))
+            assert_last(answers)
+            assert len(answers) == 3
+    assert backend.process.wait(SECONDS) == 0
+    assert NOTHING_LEFT in backend.printed
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_request_of_which_a_part_has_come_is_read_to_its_end(
+    start_backend: Callable[..., Backend], tmp_path: Path, part: str
+) -> None:
+    backend = start_backend(script=backend_with(tmp_path, SHUTDOWN_SECONDS=SECONDS))
+    data = post("192.0.2.1 GET / 200\n" * 5_000, kind="text/plain")
+    begun = 40 if part == "head" else len(data) // 2
+    with connect(backend.url) as connection:
+        assert say(connection, HEALTH).status == 200
+        connection.sendall(data[:begun])
+        backend.kill(signal.SIGTERM)
+        wait_until(lambda: not is_listening(int(urlsplit(backend.url).port or 0)), SECONDS, "the closed port")
+        connection.sendall(data[begun:])
+        assert_last(split_answers(read_to_end(connection)))
+    assert backend.process.wait(SECONDS) == 0
+    assert NOTHING_LEFT in backend.printed
+
+
+def test_a_request_that_does_not_come_to_its_end_is_refused_by_503(
+    start_backend: Callable[..., Backend], tmp_path: Path
+) -> None:
+    backend = start_backend(script=backend_with(tmp_path, SHUTDOWN_SECONDS=1.2))
+    with connect(backend.url) as connection:
+        assert say(connection, HEALTH).status == 200
+        connection.sendall(a_post()[:-5])
+        backend.kill(signal.SIGTERM)
+        [answer] = split_answers(read_to_end(connection))
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert "stopping; nothing was stored" in json.loads(answer.body)["detail"]
+    assert backend.process.wait(SECONDS) == 0
+
+
+# ---- Behind HAProxy -------------------------------------------------------------------------------------------------
+
+
+class Load:
+    """Requests of all kinds through a proxy, each of them once: what fails is noted, and nothing is sent again."""
+
+    def __init__(self, url: str) -> None:
+        self.sent: Counter[str] = Counter()  # URIs of all lines
+        self.failures: list[str] = []
+        self._address = urlsplit(url)
+        self._done = threading.Event()
+        self._mutex = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(f"/{kind.__name__}/{n}", kind))
+            for kind in (self.small, self.separate, self.large, self.slow, self.chunked, self.read)
+            for n in range(2)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join(SECONDS)
+
+    def _repeat(self, name: str, kind: Callable[[HTTPConnection, str], None]) -> None:
+        """The life of a thread: one request after the other, on a connection that the client keeps."""
+        connection = self._connect()
+        for n in itertools.count():
+            if self._done.wait(0.01):
+                return connection.close()
+            try:
+                kind(connection, f"{name}/{n}")
+            except (OSError, HTTPException, AssertionError) as error:
+                self.failures.append(f"{name}/{n}: {error!r}")
+                connection.close()
+
+    def _connect(self) -> HTTPConnection:
+        return HTTPConnection(str(self._address.hostname), self._address.port, timeout=SECONDS)
+
+    def _post(self, connection: HTTPConnection, uris: Sequence[str], pieces: int = 1, length: bool = True) -> None:
+        with self._mutex:
+            self.sent.update(uris)
+        body = "".join(f"192.0.2.1 GET {uri} 200\n" for uri in uris).encode()
+        size = -(-len(body) // pieces)
+        parts = self._paced([body[start : start + size] for start in range(0, len(body), size)])
+        headers = {"Content-Type": "text/plain", **({"Content-Length": str(len(body))} if length else {})}
+        connection.request("POST", "/api/data", parts, headers, encode_chunked=not length)
+        self._read(connection, 201)
+
+    def _paced(self, parts: Sequence[bytes]) -> Iterator[bytes]:
+        for n, part in enumerate(parts):
+            if n:
+                self._done.wait(0.03)
+            yield part
+
+    def _read(self, connection: HTTPConnection, status: int) -> bytes:
+        answer = connection.getresponse()
+        body = answer.read()
+        assert answer.status == status, (answer.status, body[:200])
+        return body
+
+    def small(self, connection: HTTPConnection, uri: str) -> None:
+        self._post(connection, [uri])
+
+    def separate(self, _: HTTPConnection, uri: str) -> None:
+        """On a connection of its own."""
+        with closing(self._connect()) as connection:
+            self._post(connection, [uri])
+
+    def large(self, connection: HTTPConnection, uri: str) -> None:
+        self._post(connection, large_batch(uri))
+
+    def slow(self, connection: HTTPConnection, uri: str) -> None:
+        """In pieces over a quarter of a second."""
+        self._post(connection, large_batch(uri), pieces=8)
+
+    def chunked(self, connection: HTTPConnection, uri: str) -> None:
+        self._post(connection, large_batch(uri), pieces=4, length=False)
+
+    def read(self, connection: HTTPConnection, _: str) -> None:
+        """More records than one part of an export has."""
+        connection.request("GET", "/api/data?limit=5000", headers={"Accept": "application/x-ndjson"})
+        for line in self._read(connection, 200).splitlines():
+            json.loads(line)
+
+
+def large_batch(uri: str) -> list[str]:
+    """URIs of lines that HAProxy's buffer of 16 KiB does not hold."""
+    return [f"{uri}/{n}/{'x' * 200}" for n in range(100)]
+
+
+def restart(backend: Backend, starting: Callable[..., Backend], proxy: HAProxy, name: str, hurry: bool) -> Backend:
+    """SIGTERM, and another one as soon as the proxy does not list it any more, or once it has drained; then anew."""
+    backend.kill(signal.SIGTERM)
+    proxy.wait_until(name, "DOWN")
+    if hurry:
+        backend.kill(signal.SIGTERM)
+    assert backend.process.wait(SECONDS) == 0
+    assert backend.printed.count(NOTHING_LEFT) == int(backend.settings.get("WORKERS", 1)), backend.printed
+    again = starting(**backend.settings)
+    proxy.wait_until(name, "UP")
+    return again
+
+
+# A proxy that depends on the backend more than the one that is shipped: it keeps connections and shares them among all
+# clients, and hides nothing by a retry. It checks ten times as often, to save time.
+DEMANDING = {
+    "option http-server-close": "http-reuse always",
+    "(?m)^    retries 3$": "    retries 0",
+    "option redispatch 1": "no option redispatch",
+    "retry-on conn-failure empty-response": "retry-on none",
+    "inter 1s fastinter 500ms": "inter 100ms fastinter 50ms",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rounds", "drain_seconds", "changes"), [(20, LONG, DEMANDING), (1, 5, {})], ids=["demanding", "as-shipped"]
+)
+def test_rolling_restarts_behind_haproxy_cut_off_no_request(
+    start_backend: Callable[..., Backend],
+    postgres: Postgres,
+    tmp_path: Path,
+    rounds: int,
+    drain_seconds: int,
+    changes: Mapping[str, str],
+) -> None:
+    url = postgres.create_logs()
+    backends = [start_backend(DATABASE_URL=url, DRAIN_SECONDS=drain_seconds, WORKERS=n) for n in (1, 2, 1)]
+    ports = [int(urlsplit(backend.url).port or 0) for backend in backends]
+    for backend, port in zip(backends, ports, strict=True):
+        backend.settings["BACKEND_PORT"] = port
+    with running_haproxy(tmp_path / "haproxy", ports, changes) as proxy:
+        names = list(proxy.servers())
+        for name in names:
+            proxy.wait_until(name, "UP")
+        with Load(proxy.url) as load:
+            for _ in range(rounds):
+                for n, name in enumerate(names):
+                    backends[n] = restart(backends[n], start_backend, proxy, name, drain_seconds == LONG)
+                    assert load.failures == []
+        assert load.failures == []
+        assert proxy.faults() == {}
+        assert all(int(server["hrsp_2xx"]) > 20 * rounds for server in proxy.servers().values())
+    stored = Counter(uri for (uri,) in execute(url, "SELECT uri FROM logs"))
+    assert stored == load.sent
