@@ -43,13 +43,23 @@ compose-up: .env ## Build and start the same system in containers, and wait unti
 	echo "what they say  $(COMPOSE) logs --follow"; \
 	echo "stop           make compose-down"
 
+# Clients and exporters go through the proxy
+.PHONY: compose-scale
+compose-scale: .env ## The same with three backends behind HAProxy
+	@BACKEND_HOST=proxy $(COMPOSE) --profile scale up --detach --build --wait
+	@address=http://localhost:$$($(COMPOSE) --profile scale port proxy 8000 | sed 's/.*://'); \
+	echo "try the API    $$address/docs"; \
+	echo "records        $$address/api/data"; \
+	echo "what they say  $(COMPOSE) --profile scale logs --follow"; \
+	echo "stop           make compose-down"
+
 .PHONY: compose-down
 compose-down: .env ## Stop and remove the containers; the volumes with the data stay
-	@$(COMPOSE) down --remove-orphans
+	@$(COMPOSE) --profile scale down --remove-orphans
 
 .PHONY: compose-clean
 compose-clean: .env ## Remove the containers and all that they stored
-	@$(COMPOSE) down --remove-orphans --volumes
+	@$(COMPOSE) --profile scale down --remove-orphans --volumes
 
 # Compose reads it by itself. It must stay as long as the database's volume does.
 .env:
@@ -90,8 +100,8 @@ lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict
 	@$(VENV)/bin/mypy --strict .
 
 # Programs that the tests run, and Debian's packages that bring them; RUNLEVEL=1 keeps those from starting a service
-TEST_TOOLS := chromium:chromium logrotate:logrotate mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs nginx:nginx-light \
-  pgbouncer:pgbouncer promtool:prometheus
+TEST_TOOLS := chromium:chromium haproxy:haproxy logrotate:logrotate mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs \
+  nginx:nginx-light pgbouncer:pgbouncer promtool:prometheus
 
 .PHONY: test-tools
 test-tools:

@@ -96,12 +96,13 @@ LINGER_SECONDS = 30.0  # after the last answer the rest of what comes is thrown 
 STORE_SECONDS = 10.0  # a POST is answered within this time, by 503 if need be
 STATEMENT_SECONDS = 8.0  # a part of an export takes milliseconds; a cold disk may need longer
 CANCEL_SECONDS = 1.0  # for PostgreSQL to notice that a statement is cancelled
-SHUTDOWN_SECONDS = 4.5  # for the requests in hand after SIGTERM
-ANSWER_SECONDS = 1.0  # of these, to say 503 to who still waits for a commit
+SHUTDOWN_SECONDS = 4.5  # for the requests in hand after SIGTERM and DRAIN_SECONDS
+ANSWER_SECONDS = 1.0  # of these, to say 503 to who is not done; for a first request to come, a last answer to arrive
 WORKERS_END_SECONDS = 5.0  # then a worker that is still there is killed
 
 # What all requests of a process may have together
 CONNECTION_LIMIT = 4096  # fewer where RLIMIT_NOFILE leaves less
+BACKLOG = 1024  # connections that wait to be accepted
 RESERVED_FILES = 160  # of RLIMIT_NOFILE: bodies on disk (64), and what a process has open anyway; sessions come on top
 BODIES_BYTES = 64 * 1024**2  # requests that are being received, or wait to be read
 REPLIES_BYTES = 64 * 1024**2  # replies that wait for their readers
@@ -129,6 +130,7 @@ LARGE_PIECE_BYTES = (
 HEAP_REST_BYTES = 8 * 1024**2  # that stay with the process when all else at the end of its heap is free
 SWITCH_SECONDS = 0.0005  # after which a thread that reads a large batch lets the others go on; Python's own is 5 ms
 LOOP_SECONDS = 0.5  # how late a signal or a limit in time may be noticed
+STOPPING_LOOP_SECONDS = 0.05  # the same once a signal has come
 
 # Towards PostgreSQL
 CONNECT_SECONDS = 5
@@ -237,6 +239,9 @@ class Settings:
     backend_cors_origins: Annotated[Origins, "Origins whose web pages may call the API, empty for none"] = ""
     api_token: Annotated[Secret, "Token that requests must bring (Authorization: Bearer ...), empty for none"] = ""
     retention_days: Annotated[int, range(36_501), "Days after which records are deleted, 0 for never"] = 0
+    drain_seconds: Annotated[
+        int, range(3601), "Seconds after SIGTERM for which requests are still taken, while /readyz says 503 to a proxy"
+    ] = 0
 
     @property
     def embedded(self) -> bool:
@@ -589,7 +594,7 @@ REFUSALS_BY_STATUS = {
 REFUSALS = (
     *dict.fromkeys(REFUSALS_BY_STATUS.values()), "head_too_slow", "body_too_slow", "body_budget", "no_disk",
     "queue_full", "commit_late", "database", "statement_too_slow", "export_places", "connection_limit", "reply_budget",
-    "replies_not_taken", "reader_stalled", "slowest_export", OTHER,
+    "replies_not_taken", "reader_stalled", "slowest_export", "stopping", OTHER,
 )  # fmt: skip
 REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 COMMIT_SECONDS = REQUEST_SECONDS[:13]  # a statement has 8 s
@@ -2289,7 +2294,9 @@ class Api:
         response.data = json.dumps(read_stats(self._database.read, self._database.replication, asked)).encode()
 
     def on_get_ready(self, request: falcon.Request, response: falcon.Response) -> None:
-        """The database answers and has the schema, and storing is not stuck."""
+        """No signal came, the database answers and has the schema, and storing is not stuck."""
+        if request.env[CHANNEL].server.signals:
+            raise Unavailable("This backend is stopping; another one may be ready.", why="stopping")
         if not self._database.read(SCHEMA_READY)[0]:
             raise Unavailable(NO_TABLES)
         ahead_seconds, server = self._database.read(SECONDS_AHEAD)
@@ -2478,6 +2485,7 @@ CHUNK_SIZE = re.compile(rb"(0*[1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")  # without exte
 CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]+[ \t]*(;[^\r\n]*)?\r\n")
 TRAILERS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\r\n\0]*+\r\n)*+\r\n")
 
+STOPPING = "This server is stopping; nothing was stored, send it again"
 TOO_LARGE = f"its body has more than {MAX_BODY_BYTES} bytes; send less at a time"
 
 
@@ -2657,7 +2665,8 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
 
     def start(self) -> None:
         super().start()
-        if not self.request.completed:  # answered by its head: the connection cannot be used on
+        # Answered by its head, the connection cannot be used on; what was sent behind the request is served first
+        if not self.request.completed or (self.channel.server.signals and not self.channel.unparsed):
             self.set_close_on_finish()
 
     @property
@@ -2741,7 +2750,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.bytes_sent = 0
         self.bytes_answered = 0  # of the answer to the request in hand, with its head
         self._ended = ""  # how the request in hand ended: answered, closing, or needs body
-        self._unparsed = b""  # what came behind the request in hand
+        self.unparsed = b""  # what came behind the request in hand
         self._taken: deque[tuple[float, int]] = deque()  # what the reader had taken by when, over PACE_SECONDS
         self._moved_at = 0.0  # when that was seen to grow
         super().__init__(*arguments, **more)
@@ -2798,7 +2807,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     # The loop: what comes in
 
     def readable(self) -> bool:
-        return self.lingering or not (self._is_held_up or self._unparsed)
+        return self.lingering or not (self._is_held_up or self.unparsed)
 
     @property
     def _is_held_up(self) -> bool:
@@ -2825,11 +2834,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         return received
 
     def received(self, data: bytes) -> None:
-        self._unparsed += data
+        self.unparsed += data
 
     def parse(self) -> None:
         """Bytes become the next request; while one is in hand, those behind it stay bytes, which take less memory."""
-        data, start = self._unparsed, 0
+        data, start = self.unparsed, 0
         while start < len(data) and not self.requests and not self._is_held_up:
             if self.request is None:
                 start = LINE_ENDS.match(data, start).end()  # type: ignore[union-attr]
@@ -2850,7 +2859,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             elif request.chunked and start < len(data):  # chunks of a byte take milliseconds: others go first
                 self.server.mark(self)
                 break
-        self._unparsed = data[start:]
+        self.unparsed = data[start:]
 
     def proceed(self) -> None:
         """Has the next request served: a complete one, or a head that has to be judged before its body comes."""
@@ -2880,7 +2889,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         if request.status:
             self.server.note_answer(self, request)
         if ended == "closing":
-            self.close_when_flushed, self._unparsed = True, b""
+            self.close_when_flushed, self.unparsed = True, b""
         self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer begins a buffer of its own
 
     def refuse(self, error: Refusal) -> None:
@@ -2893,7 +2902,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         for request in (*self.requests, self.request):
             if request is not None:
                 request.close()
-        self.requests, self.request, self._unparsed = [], None, b""
+        self.requests, self.request, self.unparsed = [], None, b""
 
     # The loop: what goes out
 
@@ -2911,7 +2920,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         """Says that no more comes, and throws away what still comes in. To close at once would be to reset the
         connection, and a reset can overtake the answer (RFC 9112, 9.6)."""
         self.close_when_flushed, self.lingering, self.since = False, True, time.monotonic()
-        self._unparsed = b""
+        self.unparsed = b""
         try:
             self.socket.shutdown(socket.SHUT_WR)
         except OSError:
@@ -2928,7 +2937,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         request = self.request if self.request is not None else self.requests[0] if self.requests else None
         received = request.size + request.header_bytes_received if request is not None else 0
         unsent = self.total_outbufs_len + OUTBUF_BYTES if self.total_outbufs_len else 0  # one may be sent in part
-        return len(self._unparsed) + received, unsent
+        return len(self.unparsed) + received, unsent
 
     # The loop: time
 
@@ -2950,6 +2959,10 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
                 self.server.attend(self)
         elif now - self.since > IDLE_SECONDS:
             self.handle_close()
+
+    def is_awaited(self, now: float) -> bool:
+        """The process should not end yet: its first request may be under way, or its last answer."""
+        return (self.lingering or not self.bytes_sent) and now - self.since < ANSWER_SECONDS
 
     def _is_late(self, request: Request, seconds: float) -> str:
         """What a request that is being received lacks; "" if it is in time."""
@@ -3029,6 +3042,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self._bodies = self._replies = 0  # bytes that all channels hold
         self._listening = True
         self._events = 0  # of the last poll
+        self.signals: Sequence[int] = ()  # that have come
         most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = max(16, min(CONNECTION_LIMIT, most_files - RESERVED_FILES - 2 * threads))
         self._crowded = Outage(
@@ -3063,23 +3077,65 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         self._scrapes.set_thread_count(1)
         self.commits.start()
 
-    def serve(self, signals: Sequence[int]) -> None:
-        """Serves until a signal came; then finishes what is in hand within SHUTDOWN_SECONDS, and says what was left."""
+    def serve(self, signals: Sequence[int], drain_seconds: int) -> None:
+        """Serves until a signal has come, and drain_seconds longer; then finishes what is in hand within
+        SHUTDOWN_SECONDS, and says what was left.
+
+        Why no request is cut off that was sent while its sender could take this process for a ready one:
+          * From the signal on /readyz says 503. All else is served as before until drain_seconds are over, also on new
+            connections: by then a proxy has looked at /readyz, and what it had sent before has arrived.
+          * Each answer says from the signal on that it is the last one on its connection. An idle connection stays open
+            until the process ends, as the proxy may be sending on it at this moment.
+          * Then all connections that wait are accepted before the listener is closed, and have a second to send their
+            first request. A request is in hand from its first byte until the kernel has all of its answer, and the
+            process ends only after a look at all connections that found nothing.
+        What takes longer than all of that is given up: a body or a commit is answered by 503, a large export cut off.
+        """
+        self.signals = signals
         while not signals:
             self.step(LOOP_SECONDS)
+        if drain_seconds:
+            log.info("draining for %d s, not ready any more; another signal ends this", drain_seconds)
+        drained = time.monotonic() + drain_seconds
+        while time.monotonic() < drained and not is_urgent(signals):
+            self.step(STOPPING_LOOP_SECONDS)
         deadline = time.monotonic() + SHUTDOWN_SECONDS
+        self._stop_listening()
+        self._finish(deadline)
+        left = self.commits.close(max(0.0, deadline - time.monotonic()))
+        log.info("stopped; %d requests and %d lines were left without an answer", self._in_hand(), left)
+
+    def _stop_listening(self) -> None:
+        for _ in range(BACKLOG):  # closing the listener resets those that wait
+            if not self._accept_one():
+                break
         self._epoll.unregister(self.socket)
         self.del_channel()
         self.socket.close()
         self.socket = None
+
+    def _finish(self, deadline: float) -> None:
+        """Serves until nothing is left to do: the last step is a look at all connections, or comes after the deadline
+        and sends the answers of those that were given up."""
         over = False
-        while self._in_hand() and not over:
-            over = time.monotonic() > deadline  # before the step: in the last one those that are given up get an answer
-            if time.monotonic() > deadline - ANSWER_SECONDS:
-                self.commits.give_up_late(0)
-            self.step(0.05)
-        left = self.commits.close(max(0.0, deadline - time.monotonic()))
-        log.info("stopped; %d requests and %d lines were left without an answer", self._in_hand(), left)
+        while not over:
+            now = time.monotonic()
+            self._give_up(now, deadline)
+            at_rest = not (self._in_hand() or any(channel.is_awaited(now) for channel in self._channels()))
+            self.step(0 if at_rest else STOPPING_LOOP_SECONDS)
+            over = now > deadline or (at_rest and not self._events)
+
+    def _give_up(self, now: float, deadline: float) -> None:
+        """Ends what would take too long; the end of the process resets connections on which something comes in."""
+        late = now > deadline - ANSWER_SECONDS
+        if late:
+            self.commits.give_up_late(0)
+        for channel in self._channels():
+            if channel.lingering and now - channel.since > ANSWER_SECONDS:
+                channel.handle_close()
+            elif late and channel.request is not None:
+                channel.refuse(Refusal(falcon.HTTP_503, STOPPING, "stopping"))
+                self.mark(channel)
 
     def step(self, seconds: float) -> None:
         """One iteration of the loop."""
@@ -3146,7 +3202,8 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
         return list(self.active_channels.values())
 
     def _in_hand(self) -> int:
-        return sum(bool(channel.busy or channel.requests or channel.total_outbufs_len) for channel in self._channels())
+        """Requests of which something came, and whose answers are not all sent."""
+        return sum(bool(one.busy or one.requests or one.request or one.total_outbufs_len) for one in self._channels())
 
     # Metrics and the access log
 
@@ -3210,20 +3267,23 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
             if self.accepting and self._listening:
                 self._accept_one()
 
-    def _accept_one(self) -> None:
+    def _accept_one(self) -> bool:
+        """Whether another one may be waiting."""
         if len(self.active_channels) >= self._most and not self._make_room(f"{self._most} are open"):
-            return
+            return False
         try:
             connection, address = self.socket.accept()
             self._epoll.register(connection, select.EPOLLIN)
             self.set_socket_options(connection)
             channel = Channel(self, connection, address, self.adj, map=self._parts)
-        except (BlockingIOError, ConnectionError):
-            return
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
         except OSError as error:  # no descriptors left, or no memory
-            self._make_room(error.strerror or str(error))
-            return
+            return self._make_room(error.strerror or str(error))
         channel.listens_to = select.EPOLLIN
+        return True
 
     def handle_error(self) -> None:
         """waitress would close the listener."""
@@ -3344,6 +3404,9 @@ def give_memory_back() -> None:
 def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket, signals: list[int]) -> None:
     """WORKERS processes on one listening socket; one that dies is replaced, and counts on from where that one was."""
     alive, parent_end = os.pipe()  # only the parent holds the writing end: workers see it closed when the parent dies
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)  # a signal is passed on at once
     workers: dict[int, int] = {}  # the number of each process
     metrics = Metrics(settings.workers, ROUTES)
     progress = Progress(metrics)
@@ -3361,11 +3424,13 @@ def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket,
             starting.end()
             if not pid:
                 os.close(parent_end)
+                signal.set_wakeup_fd(-1)
                 work(settings, conninfo, listener, signals, alive, metrics, number)
             workers[pid] = number
         progress.say_if_due()
-        time.sleep(LOOP_SECONDS)
-    end_workers(workers)
+        select.select([woken], [], [], LOOP_SECONDS)
+    listener.close()
+    end_workers(workers, signals, settings.drain_seconds)
 
 
 def ended(workers: dict[int, int]) -> dict[int, int]:
@@ -3374,18 +3439,30 @@ def ended(workers: dict[int, int]) -> dict[int, int]:
     return {pid: workers.pop(pid) for pid in gone}
 
 
-def end_workers(workers: dict[int, int]) -> None:
+def end_workers(workers: dict[int, int], signals: Sequence[int], drain_seconds: int) -> None:
     """Asks them to end; one that does not in time (stopped, say) is killed, which is as safe."""
-    deadline = time.monotonic() + WORKERS_END_SECONDS
-    for pid in workers:
-        os.kill(pid, signal.SIGTERM)
+
+    def tell(number: int, seconds: float) -> float:
+        """Until when they have to end."""
+        for pid in workers:
+            os.kill(pid, number)
+        return time.monotonic() + seconds
+
+    deadline, urgent = tell(signal.SIGTERM, drain_seconds + WORKERS_END_SECONDS), False
     while workers and time.monotonic() < deadline:
+        if not urgent and is_urgent(signals):
+            urgent, deadline = True, min(deadline, tell(signal.SIGHUP, WORKERS_END_SECONDS))
         if not ended(workers):
-            time.sleep(LOOP_SECONDS / 10)
+            time.sleep(STOPPING_LOOP_SECONDS)
     for pid in workers:
         log.error("worker %d did not end within %.0f s: killed", pid, WORKERS_END_SECONDS)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def is_urgent(signals: Sequence[int]) -> bool:
+    """Draining is to end: a second signal came. To a worker, SIGHUP says that its parent got one, or is gone."""
+    return len(signals) > 1 or signal.SIGHUP in signals
 
 
 def work(
@@ -3403,9 +3480,16 @@ def work(
         os.read(alive, 1)
         signals.append(signal.SIGHUP)
 
+    def note(each: int, _: object) -> None:
+        """A terminal or systemd sends one signal to all of us, and the parent passes it on: it is the same one."""
+        if each == signal.SIGHUP or not signals:
+            signals.append(each)
+
     try:
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, note)
         threading.Thread(target=end_with_parent, daemon=True).start()
-        make_server(settings, conninfo, listener, metrics, number).serve(signals)
+        make_server(settings, conninfo, listener, metrics, number).serve(signals, settings.drain_seconds)
         os._exit(0)
     except BaseException:
         log.exception("worker failed")
@@ -3599,7 +3683,7 @@ def listen(settings: Settings) -> socket.socket:
     """Raises OSError."""
     v6 = ":" in settings.host  # of these, :: stands for IPv4 too
     family, address = socket.AF_INET6 if v6 else socket.AF_INET, (settings.host, settings.backend_port)
-    return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=v6)
+    return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=v6)
 
 
 def name_of_database(conninfo: str) -> str:
@@ -3621,7 +3705,8 @@ def run(settings: Settings, command: str, signals: list[int]) -> None:
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             if settings.workers == 1:
-                make_server(settings, conninfo, listener, Metrics(1, ROUTES)).serve(signals)
+                server = make_server(settings, conninfo, listener, Metrics(1, ROUTES))
+                server.serve(signals, settings.drain_seconds)
             else:
                 serve_in_workers(settings, conninfo, listener, signals)
 

@@ -46,6 +46,7 @@ WRONG = {
         "BACKEND_CORS_ORIGINS": ["example.org", "https://example.org/path", "https://a.example,,https://b.example"],
         "API_TOKEN": ["hidden token", "hidden\u00e4"],
         "RETENTION_DAYS": ["-1", "36501", "1.5", "1d"],
+        "DRAIN_SECONDS": ["-1", "3601", "0.5", "5s"],
     },
     "client": {
         "URL": [

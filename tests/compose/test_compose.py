@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from load import Load
 from waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = shutil.ignore_patterns(".git", ".env", ".venv*", ".*_cache", "var", "artifacts", "__pycache__")
 START_SECONDS = 600  # the first time, an image is built
 SETTLE_SECONDS = 60
+SCALE = ("--profile", "scale")
+BACKENDS = ("backend", "backend-2", "backend-3")  # with that profile
 
 KILL = """
 import os, signal, sys
@@ -41,14 +44,15 @@ class System:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = f"log-pipeline-test-{secrets.token_hex(4)}"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as another:
+            self.port, self.proxy_port = free.getsockname()[1], another.getsockname()[1]
         shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
         self._environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "DB_", "MFLAGS"))},
             "COMPOSE_PROJECT_NAME": self.name,
             "COMPOSE_FILE": "docker-compose.yml:tests/compose/fast.yml",
             "BACKEND_PORT": str(self.port),
+            "PROXY_PORT": str(self.proxy_port),
         }
 
     def run(self, *command: str, timeout: float = START_SECONDS) -> subprocess.CompletedProcess[str]:
@@ -182,7 +186,7 @@ def test_the_backend_is_reachable_and_the_database_is_not(system: System) -> Non
 def test_env_files_say_the_same_to_compose_as_to_a_shell(system: System) -> None:
     config = json.loads(system.compose("-f", "docker-compose.yml", "config", "--format", "json"))
     in_containers = {
-        "backend": {"HOST", "BACKEND_PORT", "DB_HOST", "DB_PORT", "DB_USER", "DB_NAME", "DB_PASS"},
+        "backend": {"HOST", "BACKEND_PORT", "DB_HOST", "DB_PORT", "DB_USER", "DB_NAME", "DB_PASS", "DRAIN_SECONDS"},
         "client": {"URL", "LOG_FILE"},
         "background": {"URL", "DIRECTORY"},
     }
@@ -241,6 +245,37 @@ def test_services_end_well_when_asked_to(system: System) -> None:
     system.compose("stop", "background", "backend")
     for service in ("background", "backend"):
         assert {container["State"]["ExitCode"] for container in system.containers(service)} == {0}, service
+
+
+def test_a_backend_may_drain_before_the_engine_kills_it(system: System) -> None:
+    config = json.loads(system.compose("--profile", "scale", "config", "--format", "json"))["services"]
+    for name in BACKENDS:
+        assert int(config[name]["environment"]["DRAIN_SECONDS"]) == 5
+        assert config[name]["stop_grace_period"] == "15s"  # more than 5 s and 5 s for what is in hand
+
+
+def test_scaled_backends_are_replaced_one_after_the_other_and_no_request_fails(system: System) -> None:
+    system.make("compose-scale")
+    for service in (*BACKENDS, "proxy", "client"):
+        assert system.healthy(service, 1), service
+    with Load(f"http://127.0.0.1:{system.proxy_port}") as load:
+        for service in BACKENDS:
+            [before] = system.containers(service)
+            system.compose(*SCALE, "up", "--detach", "--no-deps", "--force-recreate", "--wait", service)
+            [after] = system.containers(service)
+            assert before["Id"] != after["Id"]
+            assert load.failures == []
+    assert load.failures == []
+    with urllib.request.urlopen(f"http://127.0.0.1:{system.proxy_port}/api/data", timeout=60) as answer:
+        stored = Counter(record["log"]["uri"] for record in json.load(answer))
+    assert {uri: stored[uri] for uri in load.sent} == load.sent
+    [client] = system.containers("client")
+    assert "URL=http://proxy:8000/api/data" in client["Config"]["Env"]
+
+
+def test_down_ends_the_scaled_backends_and_their_proxy_too(system: System) -> None:
+    system.make("compose-down")
+    assert system.done("docker", "ps", "--all", "--quiet", "--filter", f"name={system.name}") == ""
 
 
 def test_clean_removes_all_that_was_stored(system: System) -> None:
