@@ -2490,11 +2490,11 @@ class Courier:
     # -- what went wrong
 
     def _put_off(self, outage: Outage, reason: Exception, kind: str) -> None:
-        """All lines are kept and sent again, after a pause that grows."""
+        """All lines are kept and sent again, after a pause."""
         self._journal.draining = False
         outage.begin(reason, kind)
-        pause = min(MAX_DELAY_SECONDS, max(0.2, outage.seconds))  # as long again as the outage has been
-        self._not_before = max(time.monotonic(), self._not_before) + random.uniform(0.5, 1.0) * pause
+        now = time.monotonic()
+        self._not_before = now + pause_of(outage.seconds, max(0.0, self._not_before - now))
 
     def _narrow(self, lines: Sequence[tuple[str, bytes]], error: NotDelivered) -> None:
         """Whatever is refused on the way: too much at once is sent in parts at once, anything else if it lasts."""
@@ -2642,6 +2642,15 @@ def wish_of(retry_after: str) -> float:
         return min(MAX_WISH_SECONDS, max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()))
     except (ValueError, TypeError, OverflowError, LookupError):
         return 0.0
+
+
+def pause_of(outage_seconds: float, wish: float) -> float:
+    """Seconds to the next attempt: as long again as the outage has been. Where the backend says when (Retry-After):
+    then, or a little later, as not all clients are to come at once. It knows what it can bear, and after the failover of
+    its database nobody is to sleep for as long again as that took."""
+    if wish:
+        return wish * random.uniform(1.0, 1.5)
+    return min(MAX_DELAY_SECONDS, max(0.2, outage_seconds)) * random.uniform(0.5, 1.0)
 
 
 def read_answer(answer: Answer, count: int) -> Taken:
