@@ -2645,9 +2645,9 @@ def wish_of(retry_after: str) -> float:
 
 
 def pause_of(outage_seconds: float, wish: float) -> float:
-    """Seconds to the next attempt: as long again as the outage has been. Where the backend says when (Retry-After):
-    then, or a little later, as not all clients are to come at once. It knows what it can bear, and after the failover of
-    its database nobody is to sleep for as long again as that took."""
+    """Seconds to the next attempt: as long again as the outage has been; or what the backend says (Retry-After), and a
+    little more, so that not all clients come at once. It knows what it can bear, and after the failover of its database
+    nobody is to sleep for as long again as that took."""
     if wish:
         return wish * random.uniform(1.0, 1.5)
     return min(MAX_DELAY_SECONDS, max(0.2, outage_seconds)) * random.uniform(0.5, 1.0)
