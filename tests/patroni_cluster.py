@@ -348,7 +348,8 @@ class Probe:
                     (timeline,) = connection.execute(WRITE, [number]).fetchone() or (0,)
                     if not warnings:
                         self.written.append(Written(time.monotonic(), timeline, node.name, number))
-            except psycopg.Error:  # it is struck, or becomes another one's standby
+            except psycopg.Error as error:  # it is struck, or becomes another one's standby
+                error.with_traceback(None)  # it would keep the attempt open: see open_connection in backend.py
                 if connection is not None:
                     connection.close()
                     connection = None
