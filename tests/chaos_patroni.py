@@ -69,9 +69,13 @@ def kill_patroni(cluster: Cluster, leader: Node, dice: random.Random) -> Heal:
 
 
 def switch_over(cluster: Cluster, leader: Node, dice: random.Random) -> Heal:
-    wish = {"leader": leader.name, "candidate": cluster.standby().name}
-    status, text = leader.ask("/switchover", wish, seconds=LEADER_SECONDS)
-    assert status == 200, f"switchover: {status} {text}"
+    def is_taken() -> bool:
+        """Patroni refuses when it does not reach the candidate in time: then nothing has happened."""
+        wish = {"leader": leader.name, "candidate": cluster.standby().name}
+        status, text = leader.ask("/switchover", wish, seconds=LEADER_SECONDS)
+        return status == 200 or "unknown" in text
+
+    wait_until(is_taken, LEADER_SECONDS, "a switchover", poll=2.0)
     return lambda: None
 
 
@@ -299,7 +303,7 @@ def way_back(printed: str) -> str:
     """How a node came back, from what its Patroni has printed."""
     if "replica has been created" in printed:
         return "a new copy"
-    return "pg_rewind" if "pg_rewind" in printed and "running pg_rewind" in printed else "replication"
+    return "pg_rewind" if "running pg_rewind" in printed else "replication"
 
 
 def main(arguments: Sequence[str]) -> int:
