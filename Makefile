@@ -67,8 +67,8 @@ test-compose: $(TEST_READY) ## Test the containers, from the client's journal to
 	@$(VENV)/bin/python -m pytest tests/compose $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(TEST_READY) test-tools ## Faults, attacks and backlogs that take their time: 20 minutes
-	@$(VENV)/bin/python -m pytest -m slow tests tests/slow $(ARGS)
+test-slow: $(TEST_READY) test-tools ## Faults, attacks and backlogs that take their time: 8 minutes
+	@$(VENV)/bin/python -m pytest -m slow tests tests/slow --numprocesses=4 --dist=load $(ARGS)
 
 .PHONY: chaos
 chaos: $(TEST_READY) ## Strike the whole pipeline with faults under load, then compare all lines; MINUTES=10 SEED=1
