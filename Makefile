@@ -89,6 +89,11 @@ test-ha: $(TEST_READY) ha-tools $(if $(filter release,$(PATRONI)),.venv-patroni/
 bench: $(TEST_READY) bench-tools ## Measure against what people would use instead; ROUNDS=3 ONLY="1 4" for some rows
 	@PYTHONPATH=.:tests $(VENV)/bin/python -W ignore bench/bench.py --rounds $(or $(ROUNDS),3) $(if $(ONLY),--only $(ONLY))
 
+.PHONY: bench-scale
+bench-scale: $(TEST_READY) bench-tools ## Measure how it bears growth: 1 and 10 million records; ROWS=50 for more
+	@PYTHONPATH=.:tests $(VENV)/bin/python -W ignore -m bench.scale --rows $(or $(ROWS),10) --rounds $(or $(ROUNDS),3) \
+	  $(if $(SETTINGS),--settings $(SETTINGS))
+
 .PHONY: lint
 lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict
 	@$(VENV)/bin/ruff check .
