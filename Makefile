@@ -84,6 +84,17 @@ test-slow: $(TEST_READY) test-tools ## Faults, attacks and backlogs that take th
 chaos: $(TEST_READY) ## Strike the whole pipeline with faults under load, then compare all lines; MINUTES=10 SEED=1
 	@PYTHONPATH=. $(VENV)/bin/python -W ignore tests/chaos.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
+# Patroni as it is released, with a PostgreSQL of today; and as Debian has it, by etcd's old protocol: see docs/ha.md
+PATRONI ?= release debian
+PATRONI_release := --patroni $(CURDIR)/.venv-patroni/bin/patroni --etcd 3 --postgres 18
+PATRONI_debian := --patroni /usr/bin/patroni --etcd 2 --postgres 16
+
+.PHONY: test-ha
+test-ha: $(TEST_READY) ha-tools $(if $(filter release,$(PATRONI)),.venv-patroni/.ready) ## Strike three PostgreSQL under Patroni while lines come in; MINUTES=10 PATRONI=release SEED=1
+	@minutes=$$(awk 'BEGIN { print $(or $(MINUTES),10) / $(words $(PATRONI)) }'); \
+	$(foreach one,$(PATRONI),PYTHONPATH=. $(VENV)/bin/python -W ignore tests/chaos_patroni.py $(PATRONI_$(one)) \
+	  --minutes $$minutes $(if $(SEED),--seed $(SEED)) &&) :
+
 .PHONY: bench
 bench: $(TEST_READY) bench-tools ## Measure against what people would use instead; ROUNDS=3 ONLY="1 4" for some rows
 	@PYTHONPATH=.:tests $(VENV)/bin/python -W ignore bench/bench.py --rounds $(or $(ROUNDS),3) $(if $(ONLY),--only $(ONLY))
@@ -105,17 +116,25 @@ TEST_TOOLS := chromium:chromium haproxy:haproxy logrotate:logrotate mkfs.ext4:e2
 
 .PHONY: test-tools
 test-tools:
-	@PATH=$$PATH:/usr/sbin:/sbin; missing=; \
-	for tool in $(TEST_TOOLS); do command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; done; \
-	if [ -z "$$missing" ]; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing for the tests:$$missing"; \
-	  apt-get update -qq; \
-	  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
-	else \
-	  echo "the tests need these: sudo apt-get install$$missing" >&2; \
-	  exit 1; \
-	fi
+	@$(call install,$(TEST_TOOLS))
+
+.PHONY: ha-tools
+ha-tools:
+	@$(call install,etcd:etcd-server $(if $(filter debian,$(PATRONI)),/usr/bin/patroni:patroni))
+
+define install
+PATH=$$PATH:/usr/sbin:/sbin; missing=; \
+for tool in $(1); do command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; done; \
+if [ -z "$$missing" ]; then :; \
+elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+  echo "installing for the tests:$$missing"; \
+  apt-get update -qq; \
+  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+else \
+  echo "the tests need these: sudo apt-get install$$missing" >&2; \
+  exit 1; \
+fi
+endef
 
 .PHONY: bench-tools
 bench-tools:
@@ -151,10 +170,11 @@ clean: ## Remove environments and caches; data under var/ and volumes stay
 update-locks: ## Renew locks/ after a change of pyproject.toml; UPGRADE=1 takes the newest of what it leaves open
 	@$(PYTHON) -m venv .venv-locks
 	@.venv-locks/bin/python -m pip install -q --disable-pip-version-check uv
-	@for lock in "backend" "embedded --extra embedded" "test --extra embedded --extra test"; do \
-	  .venv-locks/bin/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header \
+	@for lock in "backend pyproject.toml" "embedded pyproject.toml --extra embedded" \
+	  "test pyproject.toml --extra embedded --extra test" "patroni --group patroni"; do \
+	  .venv-locks/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
 	    --annotation-style line $(if $(UPGRADE),--upgrade) -o locks/$${lock%% *}.txt \
-	    $$(echo "$$lock" | cut -s -d ' ' -f 2-) || exit 1; \
+	    $${lock#* } || exit 1; \
 	done
 
 $(RUN_READY): LOCK := locks/embedded.txt
@@ -167,4 +187,11 @@ $(RUN_READY) $(TEST_READY): locks/embedded.txt locks/test.txt
 	@echo "installing $(LOCK) into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $(LOCK)
+	@touch $@
+
+# PostgreSQL does not run as root, nor does Patroni, and root's own Python is not for others
+.venv-patroni/.ready: locks/patroni.txt
+	@echo "installing $< into .venv-patroni"
+	@$(if $(filter 0,$(shell id -u)),/usr/bin/python3,$(PYTHON)) -m venv .venv-patroni
+	@.venv-patroni/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $<
 	@touch $@

@@ -1017,18 +1017,23 @@ AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
 
 def open_connection(kind: type[AnyConnection], options: Mapping[str, Any]) -> AnyConnection:
     """Raises psycopg.Error."""
-    connection = kind.connect(
-        **{
-            "target_session_attrs": "primary",
-            "connect_timeout": CONNECT_SECONDS,
-            "keepalives_idle": KEEPALIVE_SECONDS,
-            "application_name": "log-pipeline",
-            **options,
-            "client_encoding": "UTF8",
-        },
-        autocommit=True,
-        prepare_threshold=None,  # poolers in transaction mode know no prepared statements
-    )
+    try:
+        connection = kind.connect(
+            **{
+                "target_session_attrs": "primary",
+                "connect_timeout": CONNECT_SECONDS,
+                "keepalives_idle": KEEPALIVE_SECONDS,
+                "application_name": "log-pipeline",
+                **options,
+                "client_encoding": "UTF8",
+            },
+            autocommit=True,
+            prepare_threshold=None,  # poolers in transaction mode know no prepared statements
+        )
+    except psycopg.Error as error:
+        # Its traceback holds the attempt, which holds it: one that timed out would be open until a garbage collection.
+        # A server that was frozen, and goes on, would wait a minute for the rest of it, and could not be stopped.
+        raise error.with_traceback(None)  # noqa: B904
     connection.adapters.register_dumper(Column, ColumnDumper)
     connection.adapters.register_loader("text", RawText)
     connection.adapters.register_loader("timestamptz", Timestamp)

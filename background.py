@@ -1253,7 +1253,7 @@ class Exporter:
             self._backend.begin(f"{type(error).__name__}: {error}", kind_of(error))
             self._records = self._source.follow(self._last)
             wish = error.retry_after_seconds if isinstance(error, Refused) else 0.0
-            return max(wish, self._back_off())
+            return wish * random.uniform(1.0, 1.5) if wish else self._back_off()  # as the client does
         self._backend.end()
         self._database.end()
         self._backoff_seconds = self._poll_seconds

@@ -2585,11 +2585,11 @@ class Courier:
     # -- what went wrong
 
     def _put_off(self, outage: Outage, reason: Exception, kind: str) -> None:
-        """All lines are kept and sent again, after a pause that grows."""
+        """All lines are kept and sent again, after a pause."""
         self._journal.draining = False
         outage.begin(reason, kind)
-        pause = min(MAX_DELAY_SECONDS, max(0.2, outage.seconds))  # as long again as the outage has been
-        self._not_before = max(time.monotonic(), self._not_before) + random.uniform(0.5, 1.0) * pause
+        now = time.monotonic()
+        self._not_before = now + pause_of(outage.seconds, max(0.0, self._not_before - now))
 
     def _narrow(self, lines: Sequence[tuple[str, bytes]], error: NotDelivered) -> None:
         """Whatever is refused on the way: too much at once is sent in parts at once, anything else if it lasts."""
@@ -2746,6 +2746,15 @@ def moment_of(date: str) -> float:
         return parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError, OverflowError, LookupError):
         return 0.0
+
+
+def pause_of(outage_seconds: float, wish: float) -> float:
+    """Seconds to the next attempt: as long again as the outage has been; or what the backend says (Retry-After), and a
+    little more, so that not all clients come at once. It knows what it can bear, and after the failover of its database
+    nobody is to sleep for as long again as that took."""
+    if wish:
+        return wish * random.uniform(1.0, 1.5)
+    return min(MAX_DELAY_SECONDS, max(0.2, outage_seconds)) * random.uniform(0.5, 1.0)
 
 
 def read_answer(answer: Answer, count: int) -> Taken:

@@ -338,19 +338,11 @@ class Arena:
             refused = self.source.refused if journal == self.journals[-1] else []
             assert Counter(note["log"] for note in notes) == Counter(refused), f"not once each in {journal}.rejected"
             wanted |= {key: line for key, line in lines.items() if key not in {note["id"] for note in notes}}
-        with psycopg.connect(self.url) as connection:
-            rows = connection.execute("SELECT id::text, host(ip), method, uri, status_code FROM logs ORDER BY created")
-            stored = {row[0]: " ".join(map(str, row[1:])) for row in rows}
-        records = read_records(*self.files())
-        same(wanted, stored, "journals", "database")
-        same(wanted, {record["id"]: line_of(record) for record in records}, "journals", "shared file")
-        assert len(records) == len(wanted), f"{len(records) - len(wanted)} records stand twice in the shared file"
-        created = [record["created"] for record in records]
-        assert all(a < b for a, b in itertools.pairwise(created)), "created does not strictly increase"
+        assert_stored_and_exported(wanted, self.url, self.files())
         assert Counter(self.journals[-1].read_text().splitlines()) == self.source.written(), (
             "the followed file differs from its journal"
         )
-        return len(records)
+        return len(wanted)
 
     def destroy(self) -> None:
         for slot in (*self.clients, *self.exporters, *self.backends):
@@ -402,6 +394,19 @@ def verify(settings: dict[str, Any]) -> None:
 def read_notes(journal: Path) -> list[dict[str, str]]:
     rejected = Path(f"{journal}.rejected")
     return [json.loads(line) for line in rejected.read_text().splitlines()] if rejected.exists() else []
+
+
+def assert_stored_and_exported(wanted: dict[str, str], url: str, files: Sequence[Path]) -> None:
+    """The lines of all journals, by id, are those of the database and of the shared file, once each."""
+    with psycopg.connect(url) as connection:
+        rows = connection.execute("SELECT id::text, host(ip), method, uri, status_code FROM logs ORDER BY created")
+        stored = {row[0]: " ".join(map(str, row[1:])) for row in rows}
+    records = read_records(*files)
+    same(wanted, stored, "journals", "database")
+    same(wanted, {record["id"]: line_of(record) for record in records}, "journals", "shared file")
+    assert len(records) == len(wanted), f"{len(records) - len(wanted)} records stand twice in the shared file"
+    created = [record["created"] for record in records]
+    assert all(a < b for a, b in itertools.pairwise(created)), "created does not strictly increase"
 
 
 def same(wanted: dict[str, str], found: dict[str, str], left: str, right: str) -> None:

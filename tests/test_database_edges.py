@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 import requests
 from harness import STORING_LOCK, Backend, Postgres, backend_with, new_postgres, past_the_guard, standby_of
 from waiting import wait_until
+
+import backend as service
 
 SECONDS = 60
 LINE = "1.2.3.4 GET /a 200"
@@ -379,3 +382,21 @@ def test_a_server_in_recovery_is_never_taken_for_the_database(start_backend: Sta
                 asked.append(pool.submit(post, alone, new_item()))
                 assert [one.result(SECONDS).status_code for one in asked] == [503] * 3
             assert "in recovery" in alone.printed
+
+
+def test_an_attempt_to_connect_that_timed_out_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that was frozen, and goes on, would wait for the rest of it, and so would whoever wants to stop it."""
+    monkeypatch.setattr("psycopg.connection.timeout_from_conninfo", lambda options: 0.1)  # libpq knows none below 2 s
+    gc.disable()
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as frozen:
+            host, port = frozen.getsockname()
+            with suppress(psycopg.errors.ConnectionTimeout):
+                service.open_connection(psycopg.Connection, {"host": host, "port": port})
+            connection, _ = frozen.accept()
+            connection.settimeout(5)
+            with connection:
+                assert connection.recv(8)  # what it had said until then
+                assert connection.recv(8) == b""
+    finally:
+        gc.enable()

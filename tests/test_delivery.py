@@ -837,6 +837,18 @@ def test_what_retry_after_may_be(text: str, seconds: float) -> None:
     assert 80 < client.wish_of(format_datetime(later, usegmt=True)) <= 90
 
 
+@pytest.mark.parametrize(
+    ("outage_seconds", "wish", "least", "most"),
+    [(0, 0, 0.1, 0.2), (20, 0, 10, 20), (300, 0, 15, 30), (0, 1, 1, 1.5), (20, 1, 1, 1.5), (20, 60, 60, 90)],
+)
+def test_pauses_grow_with_an_outage_unless_the_backend_says_when(
+    outage_seconds: float, wish: float, least: float, most: float
+) -> None:
+    pauses = [client.pause_of(outage_seconds, wish) for _ in range(200)]
+    assert least <= min(pauses) < least + (most - least) / 4
+    assert most - (most - least) / 4 < max(pauses) <= most
+
+
 def test_a_signal_ends_a_client_that_holds_a_line_back_within_its_time(
     ship: Callable[..., Service], fake: FakeBackend, source: Path
 ) -> None:
