@@ -118,9 +118,5 @@ def shell_reads(path: Path) -> dict[str, str]:
     """The variables of an env file as `set -a; . file` sets them."""
     command = ["env", "-i", "sh", "-c", f"set -a; . {path}; exec env -0"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    own = {"PWD", "OLDPWD", "SHLVL", "_"}
-    return {
-        name: value
-        for name, _, value in (pair.partition("=") for pair in printed.split("\0"))
-        if name not in own | {""}
-    }
+    pairs = (pair.partition("=") for pair in printed.split("\0"))
+    return {name: value for name, _, value in pairs if name not in ("", "PWD", "OLDPWD", "SHLVL", "_")}

@@ -221,7 +221,14 @@ def table(postgres: Postgres) -> str:
 def test_a_query_for_psql_reads_what_it_says(
     name: str, rows: int, most_buffers: int | None, table: str, postgres: Postgres
 ) -> None:
-    psql = [postgres.programs / "psql", table, "--no-psqlrc", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
+    psql = [
+        str(postgres.programs / "psql"),
+        table,
+        "--no-psqlrc",
+        "--tuples-only",
+        "--no-align",
+        "--set=ON_ERROR_STOP=1",
+    ]
     query = BLOCKS[name]
     done = subprocess.run([*psql, "--command", query], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
@@ -236,7 +243,7 @@ def test_a_query_for_psql_reads_what_it_says(
         assert most_buffers < pages / 3
         assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] <= most_buffers
     else:
-        assert '"logs"' not in json.dumps(plan)
+        assert set(re.findall(r'"Relation Name": "(\w+)"', json.dumps(plan))) == {"minutes"}
         assert sum(int(lines) for _, lines, _ in found) == ROWS
         assert sum(int(errors) for _, _, errors in found) == ROWS / 10
 
@@ -259,7 +266,7 @@ def test_what_nginx_logs_is_stored_once_through_logrotate(start_backend: StartBa
             for n in range(50):
                 requests.get(f"http://127.0.0.1:{port}/{turn}/{n}", timeout=SECONDS)
                 wanted[f"127.0.0.1 GET /{turn}/{n} 204"] += 1
-            rotate = [program("logrotate"), "--force", "--state", tmp_path / "state", rules]
+            rotate = [program("logrotate"), "--force", "--state", str(tmp_path / "state"), str(rules)]
             done = subprocess.run(rotate, capture_output=True, text=True, timeout=SECONDS)
             assert (done.returncode, done.stderr) == (0, "")
         assert len(list(folder.glob("access.log.*"))) == 4
@@ -326,15 +333,16 @@ def assert_pages_work(url: str) -> None:
     post = "token => fetch('api/data', {method: 'POST', body: '192.0.2.2 GET /page 200', headers: {'Content-Type': "
     post += "'text/plain', Authorization: `Bearer ${token}`}}).then(answer => answer.status)"
     with new_browser() as browser, new_tab(browser, ignore_https_errors=True) as tab:
+        tab.page.set_default_timeout(SECONDS * 1000)
         tab.page.goto(f"{url}/")
         tab.page.get_by_label("API token").fill(TOKEN)
         tab.page.get_by_label("API token").press("Enter")
-        expect(tab.page.locator("#total")).to_have_text(re.compile("9.?000"))
+        expect(tab.page.locator("#total")).to_have_text(re.compile("9.?000"), timeout=SECONDS * 1000)
         assert tab.page.evaluate(post, TOKEN) == 201
-        expect(tab.page.locator("#lines")).to_contain_text("/page")
+        expect(tab.page.locator("#lines")).to_contain_text("/page", timeout=SECONDS * 1000)
         tab.page.goto(f"{url}/docs")
-        expect(tab.page.locator(".opblock[id$='-readRecords']")).to_be_visible()
-        assert {text for text in tab.complaints if "401" not in text} == set()
+        expect(tab.page.locator(".opblock[id$='-readRecords']")).to_be_visible(timeout=SECONDS * 1000)
+        assert {text for text in tab.complaints if "Failed to load resource" not in text} == set()
         assert [asked for asked in tab.requests if not asked.startswith(f"{url}/")] == []
 
 
@@ -421,7 +429,8 @@ def is_bound(port: int) -> bool:
 def test_a_syslog_daemon_retries_refusals_and_drops_what_is_no_line(daemon: SyslogDaemon, tmp_path: Path) -> None:
     udp = free_udp_port()
     lines = [f"192.0.2.1 GET /{n} 200" for n in range(5)]
-    refusals = [503] * 5 + [401, 403, 404, 429, 500, 502, 504]
+    refusals: list[int] = []
+    dropped: list[str] = []
     taken: dict[str, str] = {}
 
     def answer(request: Request) -> Reply:
@@ -431,17 +440,28 @@ def test_a_syslog_daemon_retries_refusals_and_drops_what_is_no_line(daemon: Sysl
         items = items if isinstance(items, list) else [items]
         good = [item for item in items if item["log"].strip() in lines]
         taken.update((item["id"].lower(), item["log"].strip()) for item in good)
+        dropped.extend(item["log"].strip() for item in items if item not in good)
         return Reply(201 if good else 400, b"{}")
+
+    def send(*some: str) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for line in some:
+                sender.sendto(f"<190>Nov 25 03:50:09 web nginx: {line}".encode(), ("127.0.0.1", udp))
 
     with fake_backend() as fake, ExitStack() as stack:
         fake.answer = answer
         page = Recipes(tmp_path, {"http://localhost:8000": fake.url, "5514": str(udp), **QUICK})
         stack.enter_context(daemon(page))
         wait_until(lambda: is_bound(udp), SECONDS, "the daemon")
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            for line in (*lines[:2], "no line", *lines[2:]):
-                sender.sendto(f"<190>Nov 25 03:50:09 web nginx: {line}".encode(), ("127.0.0.1", udp))
-        wait_until(lambda: len(taken) >= 5, SECONDS, "all lines")
+        send("no line")
+        wait_until(lambda: dropped, SECONDS, "the answer 400")
+        refusals += [503] * 5 + [401, 403, 404, 408, 429, 500, 502, 504]
+        send(*lines)
+        wait_until(lambda: len(taken) >= 5, 2 * SECONDS, "all lines")
+        assert dropped == ["no line"]
+        if daemon is rsyslog:
+            refused = tmp_path / "refused.log"
+            wait_until(lambda: refused.exists() and "no line" in refused.read_text(), SECONDS, "the refused line")
         assert refusals == []
         assert list(taken.values()) == lines
         assert all(str(uuid.UUID(name)) == name for name in taken)

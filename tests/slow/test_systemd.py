@@ -53,8 +53,8 @@ exec env -i container=lxc PATH=$PATH /usr/lib/systemd/systemd --system --unit=mu
 class Machine:
     """A booted systemd; commands run beside it."""
 
-    def __init__(self, boot: subprocess.Popen[bytes], pid: int) -> None:
-        self._boot, self.pid = boot, pid
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
         self.root = Path(f"/proc/{pid}/root")
 
     def run(self, script: str) -> str:
@@ -85,14 +85,9 @@ def control_group() -> Iterator[Path]:
     try:
         yield group
     finally:
-        folders = sorted((folder for folder, *_ in os.walk(group)), reverse=True)
-        for folder in folders:
-            wait_until(lambda folder=folder: not is_populated(Path(folder)), SECONDS, "its end")  # type: ignore[misc]
+        wait_until(lambda: "populated 0" in (group / "cgroup.events").read_text(), SECONDS, "the end of all in it")
+        for folder in sorted((folder for folder, *_ in os.walk(group)), reverse=True):
             os.rmdir(folder)
-
-
-def is_populated(group: Path) -> bool:
-    return "populated 1" in (group / "cgroup.events").read_text()
 
 
 @contextmanager
@@ -102,12 +97,12 @@ def booted(folder: Path) -> Iterator[Machine]:
     enter = 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"'
     spaces = ("unshare", "--fork", "--kill-child", "--pid", "--mount", "--uts", "--ipc", "--cgroup")
     with control_group() as group, (folder / "boot.out").open("wb") as output:
-        command = ["sh", "-c", enter, "sh", group, *spaces, "sh", "-e", "-c", BOOT, "sh", checkout]
+        command = ["sh", "-c", enter, "sh", str(group), *spaces, "sh", "-e", "-c", BOOT, "sh", str(checkout)]
         boot = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, "PATH": SYSTEM_PATH}
         )
         try:
-            yield Machine(boot, wait_until(lambda: init_of(boot), SECONDS, "systemd"))
+            yield Machine(wait_until(lambda: init_of(boot), SECONDS, "systemd"))
         finally:
             print((folder / "boot.out").read_text(errors="replace")[-5000:])
             boot.send_signal(signal.SIGKILL)
@@ -118,10 +113,8 @@ def init_of(boot: subprocess.Popen[bytes]) -> int:
     """The process id of the systemd, once it answers."""
     assert boot.poll() is None, "no systemd: root?"
     for name in Path(f"/proc/{boot.pid}/task/{boot.pid}/children").read_text().split():
-        if (
-            Path(f"/proc/{name}/comm").read_text() == "systemd\n"
-            and Path(f"/proc/{name}/root/run/systemd/private").exists()
-        ):
+        process = Path("/proc", name)
+        if (process / "comm").read_text() == "systemd\n" and (process / "root/run/systemd/private").exists():
             return int(name)
     return 0
 
