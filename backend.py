@@ -17,6 +17,7 @@ changes. It does not terminate TLS or limit rates.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import heapq
@@ -122,6 +123,10 @@ OUTBUF_BYTES = 64 * 1024  # of a reply in one buffer
 UNSENT_BYTES = 1024**2  # of a reply that wait for their reader before the next part is fetched
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
+LARGE_PIECE_BYTES = (
+    2 * 1024**2
+)  # of memory, that comes from the system and goes back to it; parts of exports are smaller
+HEAP_REST_BYTES = 8 * 1024**2  # that stay with the process when all else at the end of its heap is free
 SWITCH_SECONDS = 0.0005  # after which a thread that reads a large batch lets the others go on; Python's own is 5 ms
 LOOP_SECONDS = 0.5  # how late a signal or a limit in time may be noticed
 
@@ -3304,12 +3309,15 @@ def byte_seconds(channel: Channel) -> float:
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
 
+M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # of malloc.h
+
 
 def make_server(
     settings: Settings, conninfo: str, listener: socket.socket, metrics: Metrics, number: int = 0
 ) -> Server:
     """Connects the parts of one process, the worker of that number, and starts its threads."""
     sys.setswitchinterval(SWITCH_SECONDS)
+    give_memory_back()
     database, places = Database(conninfo, settings.threads), Places(settings.threads // 2)
     counts = metrics.counts(number)
     counts.set("workers", 1)
@@ -3324,6 +3332,14 @@ def make_server(
         deleting = Session(database.hosts, Outage("database (retention)"))
         start_chore("retention", partial(delete_expired, deleting, settings.retention_days), EXPIRY_PAUSE_SECONDS)
     return server
+
+
+def give_memory_back() -> None:
+    """What a large body took goes back to the system. Left alone, glibc raises its limit for that with each large piece
+    that is freed, and keeps heaps for several threads, each as large as the largest body that it has read."""
+    tune = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries do without
+    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, LARGE_PIECE_BYTES), (M_TRIM_THRESHOLD, HEAP_REST_BYTES)):
+        tune(option, value)
 
 
 def serve_in_workers(settings: Settings, conninfo: str, listener: socket.socket, signals: list[int]) -> None:

@@ -95,9 +95,8 @@ class Neighbour(threading.Thread):
         self._over.set()
         self.join(SECONDS)
 
-    def faults(self, is_flood: bool) -> list[str]:
-        """Where its requests were not answered well and quickly. A flood takes its share of the processor, as honest
-        work would: then only the longest time counts."""
+    def faults(self) -> list[str]:
+        """Where its requests were not answered well and quickly."""
         found = self.errors[:5]
         ran, waited = (after - before for after, before in zip(scheduled(self._pid), self._times_before, strict=True))
         slowness = 1 + waited / max(ran, 0.001)  # that the machine let it wait for a CPU is no fault of its own
@@ -105,7 +104,7 @@ class Neighbour(threading.Thread):
             times, twins = self.during["attacked", kind], self.during["twin", kind]
             usual = max(statistics.median(self.before["attacked", kind]), statistics.median(twins))
             median, longest = statistics.median(times), max(times)
-            slow = median > (2 * usual + NOISE_SECONDS) * slowness and not is_flood
+            slow = median > (2 * usual + NOISE_SECONDS) * slowness
             if slow or longest > LONGEST_SECONDS[kind] * slowness + max(twins):
                 found.append(
                     f"{kind}: median {median * 1000:.1f} ms, usually {usual * 1000:.1f} ms;"
@@ -126,11 +125,7 @@ def scheduled(pid: int) -> tuple[float, float]:
 
 @contextmanager
 def neighbour(
-    attacked: Backend,
-    twin: Backend,
-    kinds: Sequence[str] = ("POST", "readyz"),
-    statuses: Sequence[int] = (200, 201),
-    is_flood: bool = False,
+    attacked: Backend, twin: Backend, kinds: Sequence[str] = ("POST", "readyz"), statuses: Sequence[int] = (200, 201)
 ) -> Iterator[Neighbour]:
     """A client beside an attack; at the end all its requests were answered, and quickly, in flat memory."""
     client = Neighbour(attacked, twin, kinds, set(statuses))
@@ -140,7 +135,7 @@ def neighbour(
     finally:
         client.finish()
     assert attacked.process.poll() is None
-    faults = client.faults(is_flood)
+    faults = client.faults()
     if (peak := peak_memory_bytes(attacked.pid)) >= MEMORY_BYTES:
         faults.append(f"{peak / MIB:.0f} MiB of memory")
     assert not faults, "\n".join(faults)
@@ -303,7 +298,7 @@ def test_a_million_chunks_of_one_byte_are_read_and_hold_up_nobody(backend: Backe
     body = f"192.0.2.1 GET /{'x' * 104} 200\n".encode() * 8_000
     assert len(body) > 980_000
     data = CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
-    with neighbour(backend, twin, is_flood=True) as client, connect(backend.url) as connection:
+    with neighbour(backend, twin) as client, connect(backend.url) as connection:
         connection.sendall(data)
         [(status, answer)] = read_answers(connection, 1)
         client.stay(5)
@@ -329,7 +324,7 @@ def test_a_head_that_is_made_to_be_slow_holds_up_nobody(backend: Backend, twin: 
 
 
 def test_a_flood_of_line_feeds_before_a_request_holds_up_nobody(backend: Backend, twin: Backend) -> None:
-    with neighbour(backend, twin, is_flood=True) as client, connect(backend.url) as connection:
+    with neighbour(backend, twin) as client, connect(backend.url) as connection:
         for _ in range(40):
             connection.sendall(b"\r\n" * 30_000)
         client.stay(5)
@@ -340,7 +335,7 @@ def test_a_flood_of_line_feeds_before_a_request_holds_up_nobody(backend: Backend
 @pytest.mark.slow
 def test_who_pipelines_and_does_not_read_takes_no_room_from_others(backend: Backend, twin: Backend) -> None:
     page = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: a\r\n\r\n"
-    with ExitStack() as stack, neighbour(backend, twin, is_flood=True) as client:
+    with ExitStack() as stack, neighbour(backend, twin) as client:
         for n in range(400):
             connection = stack.enter_context(connect(backend.url))
             connection.setblocking(False)
@@ -366,7 +361,7 @@ SMALL_AND_EXPENSIVE = {
 @pytest.mark.parametrize("what", SMALL_AND_EXPENSIVE)
 def test_a_hundred_who_pipeline_expensive_requests_hold_up_nobody(backend: Backend, twin: Backend, what: str) -> None:
     kinds = ("POST", "readyz", "health")
-    with neighbour(backend, twin, kinds, is_flood=True) as client, ExitStack() as stack:
+    with neighbour(backend, twin, kinds) as client, ExitStack() as stack:
         for _ in range(100):
             connection = stack.enter_context(connect(backend.url))
             connection.setblocking(False)

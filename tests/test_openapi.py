@@ -124,7 +124,8 @@ def test_a_batch_has_at_most_the_documented_number_of_lines(backend: Backend, ki
     assert len(backend.records()) == MOST_LINES
 
 
-def test_schemathesis_finds_nothing(backend: Backend, tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [5, pytest.param(100, marks=pytest.mark.slow)])  # of each operation and phase
+def test_schemathesis_finds_nothing(backend: Backend, tmp_path: Path, examples: int) -> None:
     """Every check and every phase; schemathesis_hooks.py has the two things that it has to be told."""
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
@@ -133,7 +134,7 @@ def test_schemathesis_finds_nothing(backend: Backend, tmp_path: Path) -> None:
         f"--url={backend.url}",
         "--checks=all",
         "--phases=examples,coverage,fuzzing,stateful",
-        "--max-examples=100",  # for each operation and phase; the whole run takes about 15 seconds
+        f"--max-examples={examples}",
         "--seed=1",
         "--generation-database=none",
         "--no-color",

@@ -28,7 +28,7 @@ from waiting import wait_until
 import background
 
 BLOCK = 512  # of the disk; small, so that a few records span several
-CUTS = 40
+CUTS = 25
 REAL = {name: getattr(os, name) for name in ("open", "write", "fsync", "ftruncate", "link", "replace", "unlink")}
 
 

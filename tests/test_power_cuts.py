@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from waiting import wait_until
 
 Start = Callable[..., Service]
 LABORATORY_BYTES = 2 * 1024**3  # a sparse file
-CUTS = 10  # of each file system
+CUTS = 6  # of each file system
 IMAGE_BYTES = {"ext4": 256 * 1024**2, "xfs": 300 * 1024**2}
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
 
@@ -88,11 +89,21 @@ def whole_lines(path: Path) -> list[str]:
     return [line.decode() for line in lines if WHOLE.fullmatch(line.decode(errors="replace"))]
 
 
+def is_line(text: str) -> bool:
+    """Whether the real backend would take it: `192.` that survived, and the next line behind it, has no address."""
+    fields = text.split()
+    try:
+        ip_address(fields[0])
+    except (IndexError, ValueError):
+        return False
+    return len(fields) == 4
+
+
 def careful(fake: FakeBackend) -> Callable[[Request], Reply]:
     """Stores what is a line, and refuses what a cut has made of one."""
 
     def answer(request: Request) -> Reply:
-        good = [item for item in request.items if len(item["log"].split()) == 4]
+        good = [item for item in request.items if is_line(item["log"])]
         refused = [{"index": n, "reason": "torn"} for n, item in enumerate(request.items) if item not in good]
         answered = json.loads(fake.serve(Request(**{**vars(request), "body": json.dumps(good).encode()})).body)
         if not good:

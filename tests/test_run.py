@@ -216,7 +216,7 @@ def test_a_second_run_in_the_same_folder_is_turned_away(start_run: StartRun) -> 
     first.wait_for_records(5)
     already_written = len(first.shared)
     output = subprocess.run(
-        [sys.executable, "run.py"], cwd=first.folder, capture_output=True, text=True, timeout=10, check=False
+        [sys.executable, "run.py"], cwd=first.folder, capture_output=True, text=True, timeout=60, check=False
     )
     assert output.returncode == 1
     assert len(output.stdout.splitlines()) == 1
@@ -227,7 +227,13 @@ def test_a_second_run_in_the_same_folder_is_turned_away(start_run: StartRun) -> 
 
 
 @pytest.mark.parametrize(
-    ("script", "workers"), [("client.py", 1), ("background.py", 1), ("backend.py", 1), ("backend.py", 2)]
+    ("script", "workers"),
+    [
+        ("client.py", 1),
+        pytest.param("background.py", 1, marks=pytest.mark.slow),
+        pytest.param("backend.py", 1, marks=pytest.mark.slow),
+        ("backend.py", 2),
+    ],
 )
 def test_if_a_part_dies_the_run_says_which_and_ends_the_others(start_run: StartRun, script: str, workers: int) -> None:
     run = start_run(WORKERS=str(workers))
