@@ -77,7 +77,7 @@ test-compose: $(TEST_READY) ## Test the containers, from the client's journal to
 	@$(VENV)/bin/python -m pytest tests/compose $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(TEST_READY) test-tools ## Faults, attacks and backlogs that take their time: 8 minutes
+test-slow: $(TEST_READY) test-tools .syslog ## Faults, attacks and backlogs that take their time: 8 minutes
 	@$(VENV)/bin/python -m pytest -m slow tests tests/slow --numprocesses=4 --dist=load $(ARGS)
 
 .PHONY: chaos
@@ -111,8 +111,9 @@ lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict
 	@$(VENV)/bin/mypy --strict .
 
 # Programs that the tests run, and Debian's packages that bring them; RUNLEVEL=1 keeps those from starting a service
-TEST_TOOLS := chromium:chromium haproxy:haproxy logrotate:logrotate mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs \
-  nginx:nginx-light pgbouncer:pgbouncer promtool:prometheus
+TEST_TOOLS := chromium:chromium curl:curl goaccess:goaccess haproxy:haproxy jq:jq logrotate:logrotate \
+  mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs nginx:nginx-light openssl:openssl pgbouncer:pgbouncer \
+  prometheus-node-exporter:prometheus-node-exporter promtool:prometheus systemd-analyze:systemd
 
 .PHONY: test-tools
 test-tools:
@@ -135,6 +136,18 @@ else \
   exit 1; \
 fi
 endef
+
+# Debian has one syslog daemon at a time installed, and a test's may not replace the machine's: they are unpacked here
+SYSLOG_PACKAGES := rsyslog libestr0 libfastjson4 liblognorm5 \
+  syslog-ng-core syslog-ng-mod-http libivykis0 libnet1 libpcre3 libwrap0
+
+.syslog:
+	@echo "unpacking for the tests: $(SYSLOG_PACKAGES)"
+	@rm -rf .syslog.new && mkdir .syslog.new
+	@if [ "$$(id -u)" = 0 ]; then apt-get update -qq; fi
+	@cd .syslog.new && apt-get download -qq -o APT::Sandbox::User=root $(SYSLOG_PACKAGES) && \
+	  for package in *.deb; do dpkg-deb --extract $$package . || exit 1; done && rm *.deb
+	@mv .syslog.new .syslog
 
 .PHONY: bench-tools
 bench-tools:
@@ -162,7 +175,7 @@ update-uplot: ## Renew uPlot, which draws the overview's chart, likewise: the ne
 
 .PHONY: clean
 clean: ## Remove environments and caches; data under var/ and volumes stay
-	@rm -rf .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis artifacts
+	@rm -rf .venv-* .syslog .syslog.new .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis artifacts
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Versions and hashes of all that is installed: a lock for each of the image, `make run` and the tests

@@ -2289,7 +2289,8 @@ class Api:
             response.stream = ()  # a HEAD, whose length nobody knows
         else:
             response.data = before + first.text + after if first.text or not as_lines else b""
-        response.set_header("Link", f'<{request.path}?{first.next_query}>; rel="next"')
+        # Relative to the address that was asked: behind a proxy's prefix a path of ours would lead elsewhere
+        response.set_header("Link", f'<?{first.next_query}>; rel="next"')
         for name, moment in (("Newest", window.newest), ("Kept-From", window.kept_from)):
             if moment is not None:
                 response.set_header(name, format_date(moment))

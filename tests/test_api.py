@@ -722,13 +722,13 @@ def test_a_date_is_understood_in_every_accepted_form(backend: Backend, text: str
     store(backend)
     answer = get(backend, date_from=text, date_to=text)  # an empty window; the next one starts at its end
     assert (answer.status_code, answer.json()) == (200, [])
-    assert answer.links["next"]["url"] == f"/api/data?date_from={moment}"
+    assert answer.links["next"]["url"] == f"?date_from={moment}"
 
 
 def test_an_offset_is_understood_also_with_an_unescaped_plus(backend: Backend) -> None:
     store(backend)
     answer = get(backend, "?date_from=2001-02-03T04:05:06+02:00&date_to=2001-02-03T04:05:06+02:00")
-    assert answer.links["next"]["url"] == "/api/data?date_from=2001-02-03T02:05:06.000000Z"
+    assert answer.links["next"]["url"] == "?date_from=2001-02-03T02:05:06.000000Z"
 
 
 BAD_DATES = [

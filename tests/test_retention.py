@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import psycopg
 import pytest
@@ -448,7 +448,7 @@ def test_a_window_that_ends_before_what_is_kept_is_empty_and_next_begins_there(
     answer = get(trimmed, "?date_to=1999-01-01")
     assert (answer.status_code, answer.json()) == (200, [])
     assert answer.links["next"]["url"].endswith(f"date_from={text(kept_from(look))}")
-    following = requests.get(trimmed.url + answer.links["next"]["url"], timeout=SECONDS)
+    following = requests.get(urljoin(answer.url, answer.links["next"]["url"]), timeout=SECONDS)
     assert len(following.json()) == 4
 
 
