@@ -67,8 +67,8 @@ test-compose: $(TEST_READY) ## Test the containers, from the client's journal to
 	@$(VENV)/bin/python -m pytest tests/compose $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(TEST_READY) test-tools ## Faults, attacks and backlogs that take their time: 20 minutes
-	@$(VENV)/bin/python -m pytest -m slow tests tests/slow $(ARGS)
+test-slow: $(TEST_READY) test-tools ## Faults, attacks and backlogs that take their time: 8 minutes
+	@$(VENV)/bin/python -m pytest -m slow tests tests/slow --numprocesses=4 --dist=load $(ARGS)
 
 .PHONY: chaos
 chaos: $(TEST_READY) ## Strike the whole pipeline with faults under load, then compare all lines; MINUTES=10 SEED=1
@@ -77,6 +77,11 @@ chaos: $(TEST_READY) ## Strike the whole pipeline with faults under load, then c
 .PHONY: bench
 bench: $(TEST_READY) bench-tools ## Measure against what people would use instead; ROUNDS=3 ONLY="1 4" for some rows
 	@PYTHONPATH=.:tests $(VENV)/bin/python -W ignore bench/bench.py --rounds $(or $(ROUNDS),3) $(if $(ONLY),--only $(ONLY))
+
+.PHONY: bench-scale
+bench-scale: $(TEST_READY) bench-tools ## Measure how it bears growth: 1 and 10 million records; ROWS=50 for more
+	@PYTHONPATH=.:tests $(VENV)/bin/python -W ignore -m bench.scale --rows $(or $(ROWS),10) --rounds $(or $(ROUNDS),3) \
+	  $(if $(SETTINGS),--settings $(SETTINGS))
 
 .PHONY: lint
 lint: $(TEST_READY) ## Check style and types: ruff, mypy --strict

@@ -1914,6 +1914,13 @@ def check_metrics_file(path: str) -> None:
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
+def pass_over_half_made(unraisable: Any) -> None:
+    """A reply of http.client that the signal came upon while it was made lacks what Python wants to close, and Python
+    3.13 would print that."""
+    if not isinstance(unraisable.exc_value, AttributeError):
+        sys.__unraisablehook__(unraisable)
+
+
 def catch_signals(exporter: Exporter) -> int:
     """A descriptor that can be read from once SIGTERM or SIGINT has come (the self-pipe trick): no lock is needed, as
     it would be for an Event. Only a fetch is interrupted, and only once; a write never is."""
@@ -1925,6 +1932,7 @@ def catch_signals(exporter: Exporter) -> int:
         exporter.ending = True
         if exporter.fetching:
             exporter.fetching = False
+            sys.unraisablehook = pass_over_half_made
             raise Interrupted
 
     for number in ENDING:

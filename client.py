@@ -1,6 +1,6 @@
 """The client: writes access-log lines to a journal and delivers each of them to the backend exactly once.
 
-    python client.py [--check]            (settings: --help, env/client.env; standard library only)
+    python client.py [replay JOURNAL | --check]       (--help has all of it; settings: env/client.env)
 
 The way of a line:
   1. A source has it: the generating threads, standard input, or files that are followed (SOURCE).
@@ -11,7 +11,8 @@ The way of a line:
   6. Stored, it is delivered; refused by the backend, it is in .rejected with the reason; by a proxy, it is held back.
   7. .position follows each answer, .journal every two seconds and durably: no more than that is ever sent again.
   8. A journal that is delivered and has ROTATE_BYTES becomes LOG_FILE.1, and a new one begins.
-What cannot be mended exactly ends the client with one line that says what was found and what to do.
+What cannot be mended exactly ends the client with one line that says what was found and what to do. It needs nothing
+but the standard library.
 """
 
 from __future__ import annotations
@@ -79,6 +80,13 @@ METRICS_SECONDS = 2.0  # between two states of METRICS_FILE
 METRICS_END_SECONDS = 1.0  # for its last one, at the end
 BACKLOG_STEP = 0.001  # of how long lines have waited: so exactly their age is known; an outage of a year takes 1 MB
 CHECK_SECONDS = 10.0  # for an answer to --check
+TIME_SECONDS = 600.0  # between notes in .journal of what time it is
+TIMES = 256  # of them for one journal; then every second one goes
+TIMES_ROTATED = 16  # of them for a renamed one
+CLOCK_SECONDS = 6 * 3600  # by which clocks of the backend and of a database that took over may differ, in a replay
+OVERTAKEN_SECONDS = 3600  # of these, by which retention may go on during a replay
+AHEAD_SECONDS = 60  # of these, between the clocks of several backends
+KEPT_SECONDS = 1.0  # between looks at what it has deleted, during a replay
 OUTAGE_REASONS = 10  # of one outage are told; more would be a flood
 CHUNK_BYTES = 256 * 1024  # of a source at a time; a longer line is refused
 BATCH_BYTES = 1024 * 1024  # of the journal in one POST, whatever BATCH_SIZE says; a line is shorter
@@ -240,6 +248,9 @@ def refuse(reason: str) -> NoReturn:
 
 COMMANDS = {
     "": "deliver, until SIGTERM, SIGINT or the end of standard input",
+    "replay [--all] JOURNAL...": "send again what was delivered of these journals and their renamed parts, under the"
+    " same ids, after the database has lost records; where retention deletes: what was written since; with --all also"
+    " what it may have deleted, which then is stored anew; exit status 0 or 1",
     "--check": "say whether it could: settings, backend, files, a line each; changes nothing; exit status 0 or 1",
     "--help": "this text",
     "--version": f"client.py {VERSION}",
@@ -252,12 +263,12 @@ def help_text() -> str:
         return textwrap.fill(text, 118, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
 
     return "\n".join([
-        f"usage: python client.py [{' | '.join(filter(None, COMMANDS))}]",
+        f"usage: python client.py [{' | '.join(name.split(' ')[0] for name in COMMANDS if name)}]",
         "",
         "The client of the log pipeline: writes access-log lines to a journal, and delivers each of them to the",
         "backend exactly once.",
         "",
-        *(item(name, text, 9) for name, text in COMMANDS.items()),
+        *(item(name, text, 25) for name, text in COMMANDS.items()),
         "",
         "Settings are environment variables, read once at start; an empty one is the default:",
         "",
@@ -696,16 +707,41 @@ class DiskFailure(Exception):
     """An fsync failed. A later one may succeed without the data being on disk, so this process ends (as PostgreSQL)."""
 
 
+Spans = tuple[tuple[int, str], ...]  # (first offset, identity) of what each start appended, in order
+Times = tuple[tuple[int, int], ...]  # (offset, seconds since the epoch): what is behind it was appended after that
+
+
+class Rotated(NamedTuple):
+    """A renamed part of the journal, known by its content, under whatever name it is now."""
+
+    size: int
+    crc: int  # of all of it
+    spans: Spans
+    times: Times
+
+
 @dataclass(frozen=True)
 class JournalState:
     """What .journal holds. A line's id is the identity of the span that its offset is in, and that offset."""
 
     part: int = 1  # which LOG_FILE this is: the first, or that after so many rotations
-    spans: tuple[tuple[int, str], ...] = ()  # (first offset, identity) of what each start appended, in order
+    spans: Spans = ()
     acknowledged: int = 0  # all lines before it are delivered, or held
     held: tuple[tuple[str, str], ...] = ()  # (id, line) of what is refused on the way; of older parts, too
     head: str = ""  # what the delivered bytes begin with
     floor: int = 0  # up to where the part before this one was delivered
+    times: Times = ()  # by the backend's clock
+    rotated: tuple[Rotated, ...] = ()  # the newest last, as many as are kept
+
+    @property
+    def times_before(self) -> Times:
+        """Of the part that comes after this one."""
+        return tuple((0, seconds) for _, seconds in self.times[-1:])
+
+    @property
+    def rotated_before(self) -> tuple[Rotated, ...]:
+        """Without this part, which a rotation that did not get to its end may have added."""
+        return tuple(one for one in self.rotated if one.spans[:1] != self.spans[:1])
 
 
 class Mark(NamedTuple):
@@ -834,12 +870,28 @@ def read_journal_state(path: str) -> JournalState | None:
     try:
         if "identity" in values:
             values = {"spans": [(0, values["identity"])]}
-        spans = tuple((int(offset), str(uuid.UUID(f"{name}{0:012x}"))[:24]) for offset, name in values.pop("spans"))
+        spans = as_spans(values.pop("spans"))
         held = tuple((str(record_id), str(line)) for record_id, line in values.pop("held", ()))
+        times = as_times(values.pop("times", ()))
+        rotated = tuple(
+            Rotated(int(size), int(crc), as_spans(its_spans), as_times(its_times))
+            for size, crc, its_spans, its_times in values.pop("rotated", ())
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Spoilt(f"{path} is spoilt: {error!r}") from error
-    state: JournalState = typed(JournalState, {**values, "spans": spans, "held": held}, path)
+    known = {"spans": spans, "held": held, "times": times, "rotated": rotated}
+    state: JournalState = typed(JournalState, values | known, path)
     return state
+
+
+def as_spans(values: Iterable[Any]) -> Spans:
+    """Raises TypeError, ValueError, AttributeError."""
+    return tuple((int(offset), str(uuid.UUID(f"{name}{0:012x}"))[:24]) for offset, name in values)
+
+
+def as_times(values: Iterable[Any]) -> Times:
+    """Raises TypeError, ValueError."""
+    return tuple((int(offset), int(seconds)) for offset, seconds in values)
 
 
 def read_state_of(journal: str) -> JournalState | None:
@@ -849,6 +901,28 @@ def read_state_of(journal: str) -> JournalState | None:
     if state is None and beside and os.path.getsize(journal):
         raise Spoilt(f"{journal}.journal is missing, but {journal}.{beside[0]} is there")
     return state
+
+
+def delivered_state(journal: str) -> JournalState | None:
+    """.journal, or the position beside it that is further on. Raises Spoilt."""
+    state, position = read_state_of(journal), read_position(journal)
+    if state is None:
+        return None
+    acknowledged = position.get("acknowledged")
+    names = [name for _, name in state.spans]
+    fits = position.get("identity", names[0] if len(names) == 1 else None) in names
+    if isinstance(acknowledged, int) and fits and acknowledged > state.acknowledged:
+        return replace(state, acknowledged=acknowledged)
+    return state
+
+
+def read_position(journal: str) -> dict[str, Any]:
+    """A hint beside what is durable: missing or spoilt, it costs some re-sends."""
+    try:
+        return read_state(f"{journal}.position") or {}
+    except Spoilt as error:
+        log.warning("%s; sending some lines again", error)
+        return {}
 
 
 def read_source_state(path: str) -> SourceState:
@@ -960,6 +1034,9 @@ def shift_parts(path: str, keep: int) -> None:
             os.replace(f"{path}.{number}", f"{path}.{number + 1}")
 
 
+PART_NUMBER = re.compile(r"\.[1-9][0-9]{0,5}$")
+
+
 def without_companion(path: str) -> str:
     """The journal that a file of this name would be beside; any other path as it is."""
     return re.sub(r"(\.(journal|position|source|rejected|part|new|[0-9]{1,6}))+$", "", path)
@@ -994,6 +1071,7 @@ class Journal:
     def __init__(self, path: str, file: int, rotate_bytes: int = 0, keep_files: int = 0) -> None:
         """Takes over the open and locked file as it was left. Raises OSError, Spoilt and DiskFailure."""
         self.path = path
+        self.refused_are = f"in {path}.rejected"
         self.outage = Outage(f"LOG_FILE {path}", "cannot be written")
         self.draining = False  # the backend takes lines, so a journal that is due for rotation will soon be delivered
         self._file = file
@@ -1002,7 +1080,7 @@ class Journal:
         read_tail(file, path)
         self.size = os.fstat(file).st_size
         flush_folder(path)
-        self.state = self._read_state()
+        self.state = delivered_state(path) or JournalState()
         stored = read_source_state(f"{path}.source")
         self.sources, self.finished, self._chunk = dict(stored.sources), dict(stored.finished), stored.chunk
         self._source_texts: dict[str, tuple[tuple[FileState, ...], str]] = {}  # what is in .source of each of them
@@ -1014,6 +1092,7 @@ class Journal:
         self.held = {record_id: line.encode("latin-1") for record_id, line in self.state.held}
         self._saved = self._torn = self._said = False
         self._rejected = -1
+        self._crc = 0, 0, 0  # of this part, the bytes before that, their checksum
         self._noted: set[str] = set()  # ids in .rejected that may be refused again
         self._unflushed_notes = False
         self._durable, self._durable_held, self._durable_at = -1, self.state.held, time.monotonic()
@@ -1023,26 +1102,6 @@ class Journal:
             log.warning("%s.journal: %s; waiting", path, error)
 
     # -- how it was left
-
-    def _read_state(self) -> JournalState:
-        """.journal, or the position beside it that is further on. Raises Spoilt."""
-        state, position = read_state_of(self.path), self._read_position()
-        if state is None:
-            return JournalState()
-        acknowledged = position.get("acknowledged")
-        names = [name for _, name in state.spans]
-        fits = position.get("identity", names[0] if len(names) == 1 else None) in names
-        if isinstance(acknowledged, int) and fits and acknowledged > state.acknowledged:
-            return replace(state, acknowledged=acknowledged)
-        return state
-
-    def _read_position(self) -> dict[str, Any]:
-        """A hint beside what is durable: missing or spoilt, it costs some re-sends."""
-        try:
-            return read_state(f"{self.path}.position") or {}
-        except Spoilt as error:
-            log.warning("%s; sending some lines again", error)
-            return {}
 
     def _checked(self, state: JournalState) -> JournalState:
         """Is LOG_FILE what was delivered up to there? If it was shortened, or is another, it goes on as that."""
@@ -1061,13 +1120,19 @@ class Journal:
             )
             return replace(state, acknowledged=self.size)
         log.warning("%s is shorter than what was delivered of it: it begins anew", self.path)
-        return JournalState(state.part + 1, held=state.held, floor=state.acknowledged)
+        return self._next_part(state, state.acknowledged)
+
+    def _next_part(self, state: JournalState, floor: int, spans: Spans = ()) -> JournalState:
+        times, rotated = state.times_before, state.rotated
+        return JournalState(state.part + 1, spans, held=state.held, floor=floor, times=times, rotated=rotated)
 
     def _with_new_span(self, state: JournalState) -> JournalState:
         """What this process appends gets an identity of its own; the last 1,000 stay for whoever looks up an id."""
         spans = [span for span in state.spans if span[0] < self.size] or ([(0, new_identity())] if self.size else [])
         due = [n for n, span in enumerate(spans) if span[0] <= state.acknowledged][-1:] or [0]
-        return replace(state, spans=(*spans[min(due[0], max(0, len(spans) - 1000)) :], (self.size, new_identity())))
+        times = tuple(one for one in state.times if one[0] <= self.size)  # others are of bytes that are gone
+        spans = [*spans[min(due[0], max(0, len(spans) - 1000)) :], (self.size, new_identity())]
+        return replace(state, spans=tuple(spans), times=times)
 
     def _take_back_chunk(self) -> None:
         """Cuts off the lines of a source that were not appended to their end, or not to disk; they are read again."""
@@ -1233,19 +1298,9 @@ class Journal:
     def pending(self, count: int) -> list[tuple[str, bytes]]:
         """The next lines to send with their ids, oldest first. Raises OSError, DiskFailure."""
         with self._mutex:  # an append to a full disk may begin a new part
-            offset, end, spans = self.acknowledged, self.size, list(self.state.spans)
+            offset, end, spans = self.acknowledged, self.size, self.state.spans
         flush_to_disk(self._file, self.path)  # else a power cut could take a line whose id is in the database already
-        wanted = BATCH_BYTES
-        while b"\n" not in (data := os.pread(self._file, min(wanted, end - offset), offset)) and wanted < end - offset:
-            wanted *= 2  # a line that was put there by hand
-        spans = [*[span for span in spans if span[0] <= offset][-1:], *[span for span in spans if span[0] > offset]]
-        lines = []
-        for line in data.split(b"\n", count)[:-1]:
-            while len(spans) > 1 and offset >= spans[1][0]:
-                del spans[0]
-            lines.append((f"{spans[0][1]}{offset:012x}", line))
-            offset += len(line) + 1
-        return lines
+        return lines_with_ids(self._file, offset, end, spans, count)
 
     def acknowledge(self, lines: Sequence[tuple[str, bytes]]) -> None:
         """The next lines, as `pending` gave them, are stored, or noted as refused."""
@@ -1267,6 +1322,12 @@ class Journal:
         with self._mutex:
             del self.held[record_id]
             self._keep_position(durable=True)
+
+    def note_time(self, seconds: int) -> None:
+        """The backend's clock has shown this, so whatever is appended from now on is stored later."""
+        with self._mutex:
+            times = (*(one for one in self.state.times if one[0] < self.size), (self.size, seconds))
+            self.state = replace(self.state, times=times[::2] if len(times) > TIMES else times)
 
     def make_durable(self, at_once: bool = False) -> None:
         """The position, if it has moved since it was durable, and some seconds ago. Raises DiskFailure."""
@@ -1333,6 +1394,8 @@ class Journal:
         if not self._rotate_bytes:
             return
         try:
+            if self.size >= self._rotate_bytes:
+                self._checksum(self.acknowledged)  # outside the mutex: a gigabyte takes a second
             with self._mutex:
                 if self.size >= self._rotate_bytes and self.acknowledged == self.size:
                     self._rotate()
@@ -1347,8 +1410,14 @@ class Journal:
         """The mutex is held, and all of it is delivered. At any moment LOG_FILE is a file that this process has locked.
 
         First that all is delivered becomes durable: from then on a LOG_FILE that is shorter has nothing that is due.
+        With it, how the part will be known, and what its ids are.
         """
         self._update_state()
+        if self._keep_files:
+            state = self.state
+            times = state.times[:: max(1, len(state.times) // TIMES_ROTATED)]
+            part = Rotated(self.size, self._checksum(self.size), state.spans, times)
+            self.state = replace(state, rotated=(*state.rotated_before, part)[-self._keep_files :])
         self._save()
         file = os.open(f"{self.path}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         try:
@@ -1375,7 +1444,17 @@ class Journal:
     def _begin_part(self) -> None:
         """In memory, and before the next line on disk: the new file's lines have an identity of their own."""
         floor, self.size, self.acknowledged, self._saved = self.size, 0, 0, False
-        self.state = JournalState(self.state.part + 1, ((0, new_identity()),), held=self.state.held, floor=floor)
+        self.state = self._next_part(self.state, floor, ((0, new_identity()),))
+
+    def _checksum(self, end: int) -> int:
+        """Of all bytes before that; those of the last time, if it was of this part, are not read again."""
+        part = self.state.part
+        known, start, crc = self._crc
+        if known != part:
+            start, crc = 0, 0
+        crc = crc_of(self._file, start, end, crc) or 0
+        self._crc = part, end, crc
+        return crc
 
     def _rotate_rejected(self) -> None:
         """First that the noted lines are done with becomes durable: the new file does not have their ids."""
@@ -1404,6 +1483,7 @@ class Journal:
         if self.acknowledged < self.size or self.size < MARK_BYTES or not self._rotate_bytes:
             return False
         self._update_state()
+        self.state = replace(self.state, rotated=self.state.rotated_before)  # who replays it sees that it is gone
         self._save()  # as in a rotation, and with the same effect after a crash
         log.warning("the disk is full: emptying %s, which is delivered", self.path)
         os.ftruncate(self._file, 0)
@@ -1415,6 +1495,21 @@ def new_identity() -> str:
     """The first 24 characters of a random UUID, made a version 8 of RFC 9562; neighbouring ids keep the index dense."""
     fresh = str(uuid.uuid4())
     return f"{fresh[:14]}8{fresh[15:24]}"
+
+
+def lines_with_ids(file: int, offset: int, end: int, spans: Spans, count: int) -> list[tuple[str, bytes]]:
+    """The next lines of a journal with their ids, oldest first, as many as go into a POST."""
+    wanted = BATCH_BYTES
+    while b"\n" not in (data := os.pread(file, min(wanted, end - offset), offset)) and wanted < end - offset:
+        wanted *= 2  # a line that was put there by hand
+    due = [*[span for span in spans if span[0] <= offset][-1:], *[span for span in spans if span[0] > offset]]
+    lines = []
+    for line in data.split(b"\n", count)[:-1]:
+        while len(due) > 1 and offset >= due[1][0]:
+            del due[0]
+        lines.append((f"{due[0][1]}{offset:012x}", line))
+        offset += len(line) + 1
+    return lines
 
 
 def append_whole(file: int, data: bytes) -> None:
@@ -2421,7 +2516,7 @@ class Courier:
     answer ends the life of a line. When line after line is refused so, with none accepted between, it is an outage.
     """
 
-    def __init__(self, settings: Settings, journal: Journal) -> None:
+    def __init__(self, settings: Settings, journal: Journal | Replay) -> None:
         self._connection = connection_to(settings.url, HTTP_SECONDS)
         self._path = urlsplit(settings.url).path or "/"
         self._headers = headers_for(settings)
@@ -2439,7 +2534,7 @@ class Courier:
         self._in_a_row: dict[str, NotDelivered] = {}  # lines held since the last one that was accepted
         self._deadline = float("inf")
         self._socket: socket.socket | None = None
-        self._said_at = time.monotonic()
+        self._said_at = self._time_due = time.monotonic()
 
     def deliver_always(self) -> None:
         """What an earlier run left, what comes from a source, and what other threads had no turn for."""
@@ -2564,8 +2659,8 @@ class Courier:
         kind = re.sub(r"'[^']*'|\"[^\"]*\"|[0-9]+", "", reason)
         if kind not in self._reasons and len(self._reasons) < 100:
             self._reasons.add(kind)
-            log.error("the backend refuses the line at byte %d of the journal: %.300s; such lines are in %s.rejected",
-                      int(record_id[24:], 16), reason, self._journal.path)  # fmt: skip
+            log.error("the backend refuses the line at byte %d of the journal: %.300s; such lines are %s",
+                      int(record_id[24:], 16), reason, self._journal.refused_are)  # fmt: skip
 
     def say(self, what: str) -> None:
         self._said_at = time.monotonic()
@@ -2603,7 +2698,11 @@ class Courier:
         if len(text) > ANSWER_BYTES:
             raise NotDelivered("endless", f"answer {response.status} is longer than {ANSWER_BYTES} bytes")
         kind = response.headers.get_content_type()
-        return read_answer(Answer(response.status, kind, text, response.headers.get("Location", "")), len(lines))
+        taken = read_answer(Answer(response.status, kind, text, response.headers.get("Location", "")), len(lines))
+        if time.monotonic() >= self._time_due and (seconds := moment_of(response.headers.get("Date", ""))):
+            self._journal.note_time(int(seconds))
+            self._time_due = time.monotonic() + TIME_SECONDS
+        return taken
 
     def _speaks_unasked(self) -> bool:
         """Something is to be read before anything was asked: it was closed, or this is an answer to nothing.
@@ -2638,8 +2737,13 @@ def wish_of(retry_after: str) -> float:
     """Seconds to wait, from a Retry-After in either form (RFC 9110, 10.2.3); 0 for anything else."""
     if re.fullmatch("[0-9]+", retry_after):
         return min(MAX_WISH_SECONDS, float(retry_after))
+    return min(MAX_WISH_SECONDS, max(0.0, moment_of(retry_after) - time.time()))
+
+
+def moment_of(date: str) -> float:
+    """An HTTP date, in seconds since the epoch; 0 for anything else."""
     try:
-        return min(MAX_WISH_SECONDS, max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()))
+        return parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError, OverflowError, LookupError):
         return 0.0
 
@@ -2980,6 +3084,295 @@ def check_metrics_file(path: str) -> None:
         raise Failed(f"{error}: name another file") from error
 
 
+# ---- Replay ---------------------------------------------------------------------------------------------------------
+
+# Sends again what was delivered, for a database that has lost it: by a failover to a standby that was behind, or by a
+# restore. It only reads, so the clients of these journals may run meanwhile, and it may be killed and run again.
+#
+# Why each line goes under its own id, and so is stored once:
+#   * Only what was delivered is sent: it has been sent under that id before. What was not may still be cut off, and
+#     read again under another id; its client delivers it, to whatever database there is.
+#   * LOG_FILE goes by .journal, which was read while the file was LOG_FILE: what it calls delivered is of starts that
+#     it knows. A renamed part goes by its content, all of it, so it does not matter what it is called by now. Of two
+#     parts that are equal the ids of both are true, and each is taken once.
+#   * A client whose disk is full empties LOG_FILE in place and appends to it again, but not before .journal names other
+#     ids. So .journal is read again after each read of LOG_FILE: if it has the same ids still, for that file or for a
+#     renamed part, what was read was from before.
+# Why nothing is stored anew that retention has deleted, with its id: if it has deleted nothing, there is no such line.
+# If it has, only what was appended after `kept_from` is sent, as that has a later `created`. The journal has no times,
+# but .journal has: how long the journal was when the backend's clock, by the Date of an answer, had shown what. What a
+# clock had shown before it was set back is not believed. CLOCK_SECONDS allow for a database, or its successor, whose
+# clock is behind the backend's, and for retention that goes on meanwhile, by OVERTAKEN_SECONDS: that is looked at all
+# the time. What is left out is said.
+# The limits: rows that were deleted by hand come back; so does what retention deletes between such a look and the POST
+# after it, which takes turning it on, or RETENTION_DAYS down, in that moment.
+# Why no line is left out in silence: all files are opened at a moment between two rotations, and each is gone through
+# from its first line to its last delivered one, past nothing that the backend has not answered for.
+
+
+NOTHING_DELETED = float("-inf")  # in place of a `kept_from`
+
+
+class Replayed(NamedTuple):
+    """An open file, whose lines from `start` to `end` are to be sent."""
+
+    path: str
+    file: int
+    spans: Spans
+    start: int
+    end: int
+    journal: str  # that it was when .journal was read; "": a renamed part, which nobody changes
+
+
+class Replay:
+    """What a courier takes for its journal: the lines of several files, with no position that anybody keeps."""
+
+    refused_are = "counted"
+    draining = False
+
+    def __init__(self, files: Iterable[Replayed]) -> None:
+        self.held: dict[str, bytes] = {}
+        self._files = deque(one for one in files if one.start < one.end)
+        self._left = sum(one.end - one.start for one in self._files)
+        self._offset = self._files[0].start if self._files else 0
+        self.path = ", ".join(one.path for one in self._files)
+
+    def left(self) -> int:
+        return self._left
+
+    def pending(self, count: int) -> list[tuple[str, bytes]]:
+        """Raises Failed, Spoilt."""
+        one = self._files[0]
+        lines = lines_with_ids(one.file, self._offset, one.end, one.spans, count)
+        if not lines or (one.journal and not is_unchanged(one)):
+            raise Failed(f"{one.path} was emptied, cut or removed, as a full disk makes its client do: run this again")
+        return lines
+
+    def acknowledge(self, lines: Sequence[tuple[str, bytes]]) -> None:
+        length = sum(len(line) + 1 for _, line in lines)
+        self._offset, self._left = self._offset + length, self._left - length
+        if self._offset >= self._files[0].end:
+            os.close(self._files.popleft().file)
+            self._offset = self._files[0].start if self._files else 0
+
+    def hold(self, record_id: str, line: bytes) -> None:
+        self.held[record_id] = line
+        self.acknowledge([(record_id, line)])
+
+    def release(self, record_id: str) -> None:
+        del self.held[record_id]
+
+    def reject(self, record_id: str, line: bytes, reason: str) -> None:
+        """The courier counts it, and logs each new reason."""
+
+    def note_time(self, seconds: int) -> None:
+        """As what follows, this is done by the client whose journal it is."""
+
+    def make_durable(self) -> None: ...
+
+    def rotate_if_due(self) -> None: ...
+
+
+def is_unchanged(one: Replayed) -> bool:
+    """LOG_FILE is still that, or was renamed as a whole. Raises Spoilt."""
+    state = read_journal_state(f"{one.journal}.journal") or JournalState()
+    parts = state.spans, *(part.spans for part in state.rotated)
+    return any(spans_before(one.end, spans) == one.spans for spans in parts)
+
+
+def spans_before(end: int, spans: Spans) -> Spans:
+    return tuple(span for span in spans if span[0] < end)
+
+
+class ReplayCourier(Courier):
+    """Looks at what retention has deleted before it sends anything."""
+
+    def __init__(self, settings: Settings, journal: Replay, latest: float) -> None:
+        """`latest` is the last `kept_from` with which it goes on."""
+        super().__init__(settings, journal)
+        self._settings, self._latest, self._look_due = settings, latest, 0.0
+
+    def _send(self, lines: Sequence[tuple[str, bytes]]) -> Taken:
+        """Raises NotDelivered, Failed."""
+        if self._latest < float("inf") and time.monotonic() >= self._look_due:
+            if ask_kept_from(self._settings)[0] > self._latest:
+                raise Failed("retention has deleted more since this began: run it again")
+            self._look_due = time.monotonic() + KEPT_SECONDS
+        return super()._send(lines)
+
+
+def replay(settings: Settings, paths: Sequence[str], everything: bool) -> int:
+    """Sends journals again, and says how many of their lines were stored; the exit status.
+
+    It does not begin without a backend that is ready; then an outage is waited for as in a delivery, until interrupted.
+    """
+    try:
+        check_backend(settings)
+        kept_from, now = (NOTHING_DELETED, 0.0) if everything else ask_kept_from(settings)
+        files: list[Replayed] = []
+        complete = True
+        names = set(map(os.path.realpath, paths))
+        for path in sorted(one for one in names if PART_NUMBER.sub("", one) not in names - {one}):
+            found, all_known = find_files(path, kept_from, now)
+            files += found
+            complete &= all_known
+        journal = Replay(files)
+        if not journal.left():
+            raise Failed("there is nothing to send")
+        print(f"sending {journal.left()} bytes of {journal.path} to {settings.url}", flush=True)
+        courier = ReplayCourier(settings, journal, float("inf") if everything else kept_from + OVERTAKEN_SECONDS)
+        start(watch, courier)
+        while journal.left():
+            if not courier.deliver():
+                time.sleep(POLL_SECONDS)
+    except NotDelivered as error:
+        print(f"cannot replay: it is not known what retention has deleted: {error}; if nothing, use --all", flush=True)
+        return 1
+    except (Failed, Spoilt, OSError) as failure:
+        print(f"cannot replay: {failure}", flush=True)
+        return 1
+    stored, known, refused = (courier.counts[f"lines_{name}_total"] for name in ("stored", "duplicate", "refused"))
+    print(f"done: {stored} lines stored, {known} were there already, {refused} refused")
+    if journal.held:
+        print(f"{len(journal.held)} lines were refused on the way to the backend: run this again once that is mended")
+    sys.stdout.flush()
+    return 0 if complete and not journal.held else 1
+
+
+def watch(courier: Courier) -> None:
+    while True:
+        time.sleep(POLL_SECONDS)
+        courier.look_at_the_time()
+
+
+def find_files(path: str, kept_from: float, now: float) -> tuple[list[Replayed], bool]:
+    """The file, and with LOG_FILE its renamed parts; whether all their ids are known. Says what is left out. Raises
+    Failed, Spoilt, OSError."""
+    journal = next((one for one in (path, PART_NUMBER.sub("", path)) if os.path.exists(f"{one}.journal")), path)
+    opened, state = open_files(path, journal)
+    if state is None or not state.spans:
+        raise Failed(f"{path} is no journal, or {journal}.journal is missing, which has the ids of its lines")
+    current = Rotated(state.acknowledged, 0, state.spans, state.times)
+    parts = [*state.rotated, current]
+    younger = younger_from([part.times for part in parts], kept_from, now)
+    left = dict(zip(parts, younger, strict=True))  # a part is one file
+    found: list[Replayed] = []
+    complete, seen = True, list[os.stat_result]()
+    for name, file in opened:
+        size = (status := os.fstat(file)).st_size
+        if not size or any(os.path.samestat(status, other) for other in seen):
+            continue  # a rotation is about to begin it, or was killed when it had both names
+        seen.append(status)
+        is_log_file = name == journal or (os.path.exists(journal) and os.path.samestat(status, os.stat(journal)))
+        if is_log_file:
+            part = current if is_head(file, size, state) else None
+        else:
+            part = part_of(file, size, [one for one in left if one is not current])
+        if part:
+            found.append(lines_to_send(name, file, part, left.pop(part), journal if is_log_file else ""))
+            complete &= part.spans[0][0] == 0
+            if size > part.size:
+                print(f"left out: {size - part.size} bytes of {name} that its client has not delivered yet")
+        else:
+            print(f"left out: {name}, whose ids {journal}.journal does not have: it was renamed by an older version, or"
+                  " compressed, cut or edited since")  # fmt: skip
+            complete = False
+    return found, complete
+
+
+def open_files(path: str, journal: str) -> tuple[list[tuple[str, int]], JournalState | None]:
+    """The file and its renamed parts, and .journal from when they all had these names. Raises Spoilt, OSError."""
+    while True:
+        opened: list[tuple[str, int]] = []
+        try:
+            numbers = sorted(part_numbers(path))
+            for name in (path, *(f"{path}.{number}" for number in numbers)):
+                opened.append((name, open_regular(name)))
+            state = delivered_state(journal)
+            same = all(os.path.samestat(os.fstat(file), os.stat(name)) for name, file in opened)
+            if same and numbers == sorted(part_numbers(path)):
+                return opened, state
+        except FileNotFoundError:
+            if not os.path.exists(path):
+                raise
+        for _, file in opened:  # there was a rotation
+            os.close(file)
+
+
+def part_of(file: int, size: int, parts: Sequence[Rotated]) -> Rotated | None:
+    """Which of these it is, by all of its content."""
+    same = [part for part in parts if part.size == size]
+    crc = crc_of(file, 0, size) if same else None
+    return next((part for part in same if part.crc == crc), None)
+
+
+def is_head(file: int, size: int, state: JournalState) -> bool:
+    """As a client would take it for the LOG_FILE of that state."""
+    head = state.head.encode("latin-1")
+    return state.acknowledged <= size and os.pread(file, len(head), 0) == head
+
+
+def lines_to_send(path: str, file: int, part: Rotated, younger: int, journal: str) -> Replayed:
+    """Says what is left out of it. Raises Failed."""
+    named = min(part.size, part.spans[0][0])
+    start = min(part.size, max(named, younger))
+    spans = spans_before(part.size, part.spans)
+    for offset in (start, part.size, *(offset for offset, _ in spans)):
+        if offset and os.pread(file, 1, offset - 1) != b"\n":
+            raise Failed(f"no line of {path} ends at byte {offset}, as its .journal says: it was edited")
+    if named:
+        count = count_lines(file, 0, named)
+        print(f"left out: {count} lines of {path} from before the last 1,000 starts, whose ids are no longer known")
+    if start > named:
+        count = count_lines(file, named, start)
+        print(f"left out: {count} lines of {path} that retention may have deleted; --all sends these, too, and what it"
+              " has deleted is then stored anew")  # fmt: skip
+    return Replayed(path, file, spans, start, part.size, journal)
+
+
+def count_lines(file: int, start: int, end: int) -> int:
+    return sum(os.pread(file, min(CHUNK_BYTES, end - at), at).count(b"\n") for at in range(start, end, CHUNK_BYTES))
+
+
+def younger_from(times: Sequence[Times], kept_from: float, now: float) -> list[int]:
+    """For each part, the oldest first, the offset from which on it was certainly appended after that.
+
+    A time that is later than one that was noted after it is of a clock that was ahead, and says nothing.
+    """
+    if kept_from == NOTHING_DELETED:
+        return [0] * len(times)
+    starts, believed = [], now
+    for of_part in reversed(times):
+        start = sys.maxsize
+        for offset, seconds in reversed(of_part):
+            if seconds <= believed + AHEAD_SECONDS:
+                believed = min(believed, seconds)
+                start = offset if seconds > kept_from + CLOCK_SECONDS else start
+        starts.append(start)
+    return starts[::-1]
+
+
+def ask_kept_from(settings: Settings) -> tuple[float, float]:
+    """Up to when the database has deleted records, and the backend's clock, in seconds since the epoch. Raises
+    NotDelivered."""
+    path = f"{urlsplit(settings.url).path or '/'}?date_from=1970-01-02T00:00:00Z&limit=1"
+    try:
+        with closing(connection_to(settings.url, HTTP_SECONDS)) as connection:
+            connection.request("GET", path, headers=headers_for(settings) | {"Accept": "application/x-ndjson"})
+            response = connection.getresponse()
+            text, kind = response.read(ANSWER_BYTES), response.headers.get_content_type()
+    except (OSError, http.client.HTTPException) as error:
+        raise NotDelivered(type(error).__name__, str(error) or type(error).__name__) from error
+    now = moment_of(response.headers.get("Date", ""))
+    if (response.status, kind) == (200, "application/x-ndjson"):
+        return NOTHING_DELETED, now
+    with suppress(ValueError, LookupError, TypeError):
+        if (response.status, kind) == (410, "application/problem+json"):
+            return datetime.fromisoformat(json.loads(text)["kept_from"]).timestamp(), now
+    said = " ".join(text[:300].decode(errors="replace").split())
+    raise NotDelivered(str(response.status), f"answer {response.status} to a GET: {said}")
+
+
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
@@ -3027,19 +3420,26 @@ def run(settings: Settings, journal: Journal, sources: Sources, signals: Sequenc
 
 def main(arguments: Sequence[str] = ()) -> int:
     command = " ".join(arguments)
-    if command not in COMMANDS:
+    options = [word for word in arguments[1:] if word.startswith("-")]
+    journals = arguments[1:] if arguments[:1] == ["replay"] and options in ([], ["--all"]) else []
+    paths = [path for path in journals if path not in options]
+    if command not in COMMANDS and not paths:
         known = ", ".join(filter(None, COMMANDS))
         print(f"client: unknown arguments {command!r}; known are {known}", file=sys.stderr)
         return 2
     if command == "--check":
         return check_all(os.environ)
-    if command:
+    if command in COMMANDS and command:
         print(help_text() if command == "--help" else COMMANDS[command], flush=True)
         return 0
     try:
         settings = read_settings(os.environ)
     except ValueError as error:
         refuse(str(error))
+    if paths:
+        log_as("client", settings.log_format)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, as safely as kill -9
+        return replay(settings, paths, bool(options))
     if settings.source == "-" and not is_open(0):
         refuse("SOURCE is '-', but standard input is closed")
     log_as("client", settings.log_format)

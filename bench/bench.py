@@ -106,7 +106,7 @@ class Contest:
 def spread(values: list[float]) -> str:
     """How far the rounds lie from their median."""
     middle = statistics.median(values)
-    return f"±{max(abs(value - middle) for value in values) / middle:.0%}" if len(values) > 1 else ""
+    return f"±{max(abs(value - middle) for value in values) / middle:.0%}" if len(values) > 1 and middle else ""
 
 
 class Bench:
@@ -535,11 +535,12 @@ def windows(bench: Bench) -> Iterator[Contest]:
     yield contest
 
 
-def fetch_window(url: str, target: Path) -> float:
+def fetch_window(url: str, target: Path, records: int = WINDOW) -> float:
+    """Seconds."""
     written = subprocess.run(
         ["curl", "-sSf", "-o", target, "-w", "%{time_total}", url], check=True, capture_output=True
     )
-    assert len(json.loads(target.read_bytes())) == WINDOW
+    assert len(json.loads(target.read_bytes())) == records
     return float(written.stdout)
 
 
@@ -703,11 +704,13 @@ MARKS = ("<!-- make bench -->", "<!-- end of make bench -->")  # in the README
 COLUMNS = ("#", "work", "ours", "reference", "unit", "ratio", "aim", "beside that")
 
 
-def cells(contest: Contest) -> tuple[str, ...]:
-    def figure(values: list[float]) -> str:
-        middle = float(f"{statistics.median(values):.3g}")
-        return f"{middle:{',.0f' if middle >= 100 else 'g'}} {spread(values)}".strip()
+def figure(values: list[float]) -> str:
+    """The median, to three digits, and how far the rounds lie apart."""
+    middle = float(f"{statistics.median(values):.3g}")
+    return f"{middle:{',.0f' if middle >= 100 else 'g'}} {spread(values)}".strip()
 
+
+def cells(contest: Contest) -> tuple[str, ...]:
     beside = ", ".join(f"{name} {value}" for name, value in contest.notes.items())
     return (
         str(contest.number), contest.work, figure(contest.ours), f"{figure(contest.theirs)} ({contest.reference})",

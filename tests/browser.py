@@ -27,7 +27,7 @@ CHROMIUM_ARGUMENTS = (
     "--disable-sync",
 )
 ARTIFACTS = Path(os.environ.get("ARTIFACTS") or ROOT / "var" / "artifacts")
-WAIT_MS = 15_000  # for anything to appear on a busy machine
+WAIT_MS = 60_000  # for anything to appear on a busy machine
 
 
 @dataclass

@@ -226,6 +226,35 @@ def test_a_signal_that_comes_right_before_a_fetch_is_not_missed(
     exporter.wait_for_line(r"stopped; 10 records written, 0 left")
 
 
+SIGNALLED_IN_A_REPLY = """
+import http.client, os, signal
+import background
+
+class Reply(http.client.HTTPResponse):
+    def __init__(self, *arguments, **more):
+        made.append(self)
+        if len(made) == 3:
+            made.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().__init__(*arguments, **more)
+
+made = []
+http.client.HTTPConnection.response_class = Reply
+sys.exit(background.main([]))
+"""
+
+
+def test_a_signal_while_a_reply_is_made_leaves_no_trace(
+    fake: FakeBackend, start: Callable[..., Service], file: Path, tmp_path: Path
+) -> None:
+    fake.add(some_lines(10))
+    program = driver(tmp_path, "signalled.py", SIGNALLED_IN_A_REPLY)
+    exporter = start(program, URL=fake.data_url, DIRECTORY=file.parent, REQUEST_DELAY=20)
+    assert exporter.process.wait(60) == 0
+    assert [line for line in exporter.printed.splitlines() if not line.startswith("20")] == []
+    exporter.wait_for_line(r"stopped; 10 records written, 0 left")
+
+
 def test_the_api_token_is_sent(fake: FakeBackend, export: StartExporter) -> None:
     export(fake, API_TOKEN="a.b-c")
     wait_until(lambda: fake.requests, what="a request")

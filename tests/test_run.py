@@ -330,7 +330,7 @@ def test_a_second_run_in_the_same_folder_is_turned_away(start_run: StartRun) -> 
     first.wait_for_records(5)
     already_written = len(first.shared)
     output = subprocess.run(
-        [sys.executable, "run.py"], cwd=first.folder, capture_output=True, text=True, timeout=10, check=False
+        [sys.executable, "run.py"], cwd=first.folder, capture_output=True, text=True, timeout=60, check=False
     )
     assert output.returncode == 1
     assert len(output.stderr.splitlines()) == 1
