@@ -56,7 +56,7 @@ TURN_SECONDS = 10.0  # without a turn, while records wait: then it is said who h
 MAX_DELAY_SECONDS = 30.0  # between attempts to reach the backend
 REMIND_SECONDS = 60.0  # between two lines about what a person has to mend
 PROGRESS_SECONDS = 10.0
-METRICS_SECONDS = 10.0  # between two states of METRICS_FILE
+METRICS_SECONDS = 2.0  # between two states of METRICS_FILE
 METRICS_END_SECONDS = 1.0  # for its last one, at the end
 OUTAGE_REASONS = 10  # of one outage are told; more would be a flood
 LINE_BYTES = 64 * 1024  # no line is longer: a record has at most 17 KiB
@@ -104,7 +104,7 @@ class Settings:
     ] = 0
     metrics_file: Annotated[
         FilePath,
-        "Where metrics are written every 10 s, for the textfile collector of node-exporter, such as"
+        "Where metrics are written every 2 s, for the textfile collector of node-exporter, such as"
         " /var/lib/prometheus/node-exporter/logpipeline-exporter.prom, empty for nowhere; each instance needs a file of"
         " its own",
     ] = ""
@@ -998,12 +998,14 @@ UNREACHABLE = (OSError, http.client.HTTPException, ValueError)  # raised by a So
 class Source:
     """The backend. What it has said of the database, besides the records, stays here."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, seconds: float = HTTP_SECONDS) -> None:
+        """An answer that pauses for that long has failed."""
         self.newest = ""  # `created` of the database's newest record; "" if the backend does not say it
         self.answered_at = time.monotonic()  # the last time; until then, when this began
         self.kept_from = ""  # records before it were deleted; "" if none were
         self._address = urlsplit(settings.url)
         self._token = settings.api_token
+        self._seconds = seconds
 
     def follow(self, last: Record | None, date_from: str = EPOCH, date_to: str = "") -> Iterator[bytes]:
         """The records after `last`, or all from `date_from` on (from `kept_from`, if that is later), for ever, in whole
@@ -1069,7 +1071,7 @@ class Source:
 
     def _connect(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
-        return kind(self._address.netloc, timeout=HTTP_SECONDS)
+        return kind(self._address.netloc, timeout=self._seconds)
 
     def _headers(self, headers: dict[str, str]) -> dict[str, str]:
         return headers | ({"Authorization": f"Bearer {self._token}"} if self._token else {})
@@ -1693,7 +1695,7 @@ METRICS = {  # what ends in _total is a counter
 
 
 class MetricsFile:
-    """METRICS_FILE, in the text format of Prometheus: what `read` gives, at once, then every 10 s, and at the end.
+    """METRICS_FILE, in the text format of Prometheus: what `read` gives, at once, then every 2 s, and at the end.
 
     It is replaced as a whole. A thread of its own writes it, so that a disk that hangs holds up nothing else. Who wrote
     it keeps its lock: of two processes with one METRICS_FILE the second leaves it alone and says so, as it does with

@@ -76,7 +76,7 @@ WATCHED_FILES = 32  # of one source; with more of them, the oldest only until th
 FINISHED_FILES = 32  # of one source that are known again by their checksums when nobody looks at them any more
 SHUTDOWN_SECONDS = 4.0  # for delivering what is left after SIGTERM; with the last metrics the process ends within 5 s
 PROGRESS_SECONDS = 10.0
-METRICS_SECONDS = 10.0  # between two states of METRICS_FILE
+METRICS_SECONDS = 2.0  # between two states of METRICS_FILE
 METRICS_END_SECONDS = 1.0  # for its last one, at the end
 BACKLOG_STEP = 0.001  # of how long lines have waited: so exactly their age is known; an outage of a year takes 1 MB
 CHECK_SECONDS = 10.0  # for an answer to --check
@@ -173,7 +173,7 @@ class Settings:
     ] = 4
     metrics_file: Annotated[
         FilePath,
-        "Where metrics are written every 10 s, for the textfile collector of node-exporter, such as"
+        "Where metrics are written every 2 s, for the textfile collector of node-exporter, such as"
         " /var/lib/prometheus/node-exporter/logpipeline-client.prom, empty for nowhere; %n in it becomes the number of"
         " LOG_FILE",
     ] = ""
@@ -2810,13 +2810,13 @@ METRICS = {  # what ends in _total is a counter
     "posts_retried_total": "POSTs without a usable answer; their lines are sent again.",
     "bytes_left": "Bytes of the journal that are not delivered.",
     "oldest_undelivered_seconds": "Age of the journal's oldest line that is not delivered, held back ones included, to"
-    " within 10 s; lines that an earlier run left count from when it last delivered, else from the start of this one.",
+    " within 2 s; lines that an earlier run left count from when it last delivered, else from the start of this one.",
     "last_delivery_timestamp_seconds": "When the backend last answered for lines of this run, in Unix time.",
 }
 
 
 class MetricsFile:
-    """METRICS_FILE, in the text format of Prometheus: what `read` gives, at once, then every 10 s, and at the end.
+    """METRICS_FILE, in the text format of Prometheus: what `read` gives, at once, then every 2 s, and at the end.
 
     It is replaced as a whole. A thread of its own writes it, so that a disk that hangs holds up nothing else. Who wrote
     it keeps its lock: of two processes with one METRICS_FILE the second leaves it alone and says so, as it does with

@@ -25,7 +25,7 @@ import client
 SERVICES = {"client": client, "background": background}
 Start = Callable[..., Service]
 
-# The same service, but it does not take 10 s for each state
+# The same service, but it does not take 2 s for each state
 QUICK = """
 import os
 import SERVICE as service

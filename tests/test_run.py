@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -16,10 +17,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from harness import ROOT, children_of
 from waiting import wait_until
+
+import background
+import client
+import run as program
 
 NOT_COPIED = shutil.ignore_patterns(".*", "var", "artifacts", "__pycache__")
 START_SECONDS = 60.0
@@ -29,7 +35,9 @@ END_SECONDS = 10.0
 class Run:
     """run.py at work in a copy of the checkout, in a process group of its own like a command of a shell."""
 
-    def __init__(self, folder: Path, **settings: str) -> None:
+    def __init__(
+        self, folder: Path, stdin: int | IO[bytes] = subprocess.DEVNULL, stdout: int | None = None, **settings: str
+    ) -> None:
         self.folder = folder
         self._output = folder.parent / f"{folder.name}.output"
         plain = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
@@ -39,8 +47,8 @@ class Run:
                 [sys.executable, "run.py"],
                 cwd=folder,
                 env={**plain, **fast, **settings},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdin=stdin,
+                stdout=output if stdout is None else stdout,
                 stderr=subprocess.STDOUT,
                 process_group=0,
             )
@@ -153,8 +161,8 @@ def start_run(tmp_path: Path) -> Iterator[StartRun]:
     shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
     runs: list[Run] = []
 
-    def start(**settings: str) -> Run:
-        runs.append(Run(folder, **settings))
+    def start(**options: Any) -> Run:
+        runs.append(Run(folder, **options))
         return runs[-1]
 
     yield start
@@ -166,11 +174,117 @@ def start_run(tmp_path: Path) -> Iterator[StartRun]:
 def test_lines_come_out_and_the_screen_says_where_and_how_many(start_run: StartRun) -> None:
     run = start_run()
     run.wait_for_records(20)
-    progress = r"run +\| sent [\d,]+ \([\d,]+/s\) +stored [\d,]+ \([\d,]+/s\) +written [\d,]+ \([\d,]+/s\)"
-    wait_until(lambda: len(re.findall(progress, run.output)) > 1, 15, "two lines of progress")
+    progress = r"run +\| delivered [1-9][\d,]* \([\d,]+/s\)   written [1-9][\d,]* \([\d,]+/s\)\n"
+    wait_until(lambda: re.search(progress, run.output), 30, "progress")
     for text in (r"http://127\.0\.0\.1:\d+/docs", "var/logs.txt", "var/shared/data.txt", "var/postgres", "Ctrl-C"):
         assert re.search(text, run.output), text
     assert len(run.output.splitlines()) < 40, "a person can follow it"
+
+
+def test_the_progress_names_who_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, "PROGRESS_SECONDS", 0.0)
+    (tmp_path / "var").mkdir()
+    progress = program.Progress()
+
+    def after(
+        seconds_old: float = 0.0, up: int = 1, oldest: float = 0.0, lags: tuple[float, float] = (1.0, 1.0)
+    ) -> str:
+        stored = {
+            "up": up,
+            "lines_stored_total": 1000,
+            "lines_duplicate_total": 234,
+            "oldest_undelivered_seconds": oldest,
+        }
+        texts = {"client": client.exposition(stored, "client")}
+        for name, lag in zip(program.EXPORTERS, lags, strict=True):
+            texts[name] = background.exposition({"up": 1, "records_written_total": 600, "lag_seconds": lag}, name)
+        for name, text in texts.items():
+            file = tmp_path / f"var/{name}.prom"
+            file.write_text(text)
+            os.utime(file, (time.time() - seconds_old,) * 2)
+        progress.say_if_due()
+        return re.sub(r"\([\d,]+/s\)", "", capsys.readouterr().out).split("written 1,200 ")[1].strip()
+
+    assert after() == ""
+    assert after(oldest=61.0) == "client is 61 s behind"
+    assert after(lags=(61.0, 1.0)) == "", "the other one has written it"
+    assert after(lags=(61.0, 71.0)) == "background is 61 s behind"
+    assert after(seconds_old=60.0) == "client is 60 s behind   background is 61 s behind", "they say nothing more"
+    assert after(seconds_old=60.0, up=0) == "background is 61 s behind", "a client may have ended"
+
+
+@pytest.mark.slow
+def test_on_a_terminal_the_progress_is_the_last_line_and_renews_itself(start_run: StartRun) -> None:
+    terminal, its_end = pty.openpty()
+    run = start_run(stdout=its_end)
+    os.close(its_end)
+    os.set_blocking(terminal, False)
+    screen = ""
+
+    def shows(text: str) -> bool:
+        nonlocal screen
+        with contextlib.suppress(BlockingIOError):
+            screen += os.read(terminal, 65536).decode()
+        return text in screen
+
+    for text in (
+        "\r\x1b[Krun          | stop            Ctrl-C\r\n",
+        "\r\x1b[Krun          | delivered ",
+        " s behind\r\nrun          | delivered ",  # it stays below what another part says
+    ):
+        wait_until(lambda: shows(text), START_SECONDS, repr(text))  # noqa: B023
+    os.killpg(run.process.pid, signal.SIGINT)
+    wait_until(lambda: shows("| all parts have ended; `make run` goes on from here\r\n"), START_SECONDS, "the end")
+    os.close(terminal)
+    assert run.wait() == 0
+    assert "run          | delivered" not in screen.partition("\r\x1b[Krun          | ending all parts\r\n")[2]
+
+
+@pytest.mark.slow
+def test_standard_input_comes_out_and_its_end_is_not_that_of_the_run(start_run: StartRun, tmp_path: Path) -> None:
+    lines = [f"192.0.2.{n} GET /{n} 200" for n in range(100)]
+    (tmp_path / "access.log").write_text("".join(f"{line}\n" for line in lines))
+    with (tmp_path / "access.log").open("rb") as file:
+        run = start_run(stdin=file, SOURCE="-")
+    run.wait_for_records(99)
+    wait_until(lambda: "the client has come to the end of its input" in run.output, START_SECONDS, "its end")
+    assert list(map(as_line, run.shared)) == lines
+    wait_until(lambda: "| delivered 100 " in run.output, START_SECONDS, "progress")
+    assert run.process.poll() is None
+    assert run.press_ctrl_c() < END_SECONDS
+    assert run.process.returncode == 0
+
+
+@pytest.mark.slow
+def test_without_its_output_the_run_goes_on(start_run: StartRun) -> None:
+    reading, writing = os.pipe()
+    run = start_run(stdout=writing)
+    os.close(writing)
+    os.read(reading, 1)
+    os.close(reading)  # as `| head -1` does
+    run.wait_for_records(20)
+    already_written = len(run.shared)
+    run.wait_for_records(already_written + 20)
+    run.press_ctrl_c()
+    assert run.process.returncode == 0
+    assert_no_process_is_left(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["client.py", "background.py", "backend.py"])
+def test_ctrl_c_ends_in_ten_seconds_also_what_hangs(start_run: StartRun, script: str) -> None:
+    run = start_run()
+    run.wait_for_all_parts()
+    run.wait_for_records(20)
+    for pid in run.parts(script):
+        os.kill(pid, signal.SIGSTOP)
+    assert run.press_ctrl_c() < END_SECONDS + 2, "and 2 s for a busy machine"
+    assert run.process.returncode == 0
+    assert re.search(rf"{script.removesuffix('.py')}(-\d)? did not end in time: killed", run.output)
+    assert_no_process_is_left(run)
 
 
 def test_ctrl_c_ends_all_processes_in_ten_seconds_and_the_next_run_goes_on(start_run: StartRun) -> None:
@@ -219,9 +333,9 @@ def test_a_second_run_in_the_same_folder_is_turned_away(start_run: StartRun) -> 
         [sys.executable, "run.py"], cwd=first.folder, capture_output=True, text=True, timeout=60, check=False
     )
     assert output.returncode == 1
-    assert len(output.stdout.splitlines()) == 1
-    assert "already" in output.stdout
-    assert output.stderr == ""
+    assert len(output.stderr.splitlines()) == 1
+    assert "already" in output.stderr
+    assert output.stdout == ""
     first.wait_for_records(already_written)
     assert first.process.poll() is None
 
@@ -240,7 +354,9 @@ def test_if_a_part_dies_the_run_says_which_and_ends_the_others(start_run: StartR
     run.wait_for_records(5)
     os.kill(run.parts(script)[0], signal.SIGKILL)
     assert run.wait(END_SECONDS + 1) == 1
-    assert re.search(rf"run +\| {script.removesuffix('.py')}(-\d)? ended with exit status -9", run.output)
+    assert re.fullmatch(
+        rf"{script.removesuffix('.py')}(-\d)? ended with exit status -9, .*", run.output.splitlines()[-1]
+    )
     assert_no_process_is_left(run)
 
 
