@@ -77,7 +77,7 @@ test-compose: $(TEST_READY) ## Test the containers, from the client's journal to
 	@$(VENV)/bin/python -m pytest tests/compose $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(TEST_READY) test-tools .syslog ## Faults, attacks and backlogs that take their time: 8 minutes
+test-slow: $(TEST_READY) test-tools .syslog ## Faults, attacks and backlogs that take their time: 10 minutes
 	@$(VENV)/bin/python -m pytest -m slow tests tests/slow --numprocesses=4 --dist=load $(ARGS)
 
 .PHONY: chaos
