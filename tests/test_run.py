@@ -288,7 +288,7 @@ def test_ctrl_c_ends_in_ten_seconds_also_what_hangs(start_run: StartRun, script:
 
 
 def test_ctrl_c_ends_all_processes_in_ten_seconds_and_the_next_run_goes_on(start_run: StartRun) -> None:
-    first = start_run()
+    first = start_run(REQUEST_DELAY="2000")  # so that at its end there is something left to write
     first.wait_for_all_parts()
     first.wait_for_records(50)
     assert len(first.parts("client.py")) == 1
