@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,18 @@ class Bench:
             stdout: Any = stack.enter_context(output.open("wb")) if output else subprocess.DEVNULL
             program = self.postgres.programs / "psql"
             subprocess.run([program, "-q", "-v", "ON_ERROR_STOP=1", url, *options], check=True, stdout=stdout)
+
+
+@contextmanager
+def new_bench(rounds: int) -> Iterator[Bench]:
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        bench = Bench(folder, rounds)
+        try:
+            yield bench
+        finally:
+            bench.postgres.stop("immediate")
 
 
 def count(url: str) -> int:
@@ -701,6 +713,14 @@ def retention(bench: Bench) -> Iterator[Contest]:
 # ---- Table ----------------------------------------------------------------------------------------------------------
 
 MARKS = ("<!-- make bench -->", "<!-- end of make bench -->")  # in the README
+
+
+def write_between(marks: tuple[str, str], file: Path, text: str) -> None:
+    """In place of what stands there."""
+    before, _, rest = file.read_text().partition(marks[0])
+    file.write_text(f"{before}{marks[0]}\n{text}{marks[1]}{rest.partition(marks[1])[2]}")
+
+
 COLUMNS = ("#", "work", "ours", "reference", "unit", "ratio", "aim", "beside that")
 
 
@@ -776,28 +796,20 @@ def main() -> int:
     if missing:
         print(f"bench: not here: {', '.join(missing)} (Debian: wrk rsyslog rsyslog-pgsql curl)", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        bench = Bench(folder, options.rounds)
-        contests: list[Contest] = []
-        try:
-            about = machine(bench.postgres)
-            print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-            for number, contest in CONTESTS.items():
-                if number in options.only or not options.only:
-                    contests += contest(bench)
-        finally:
-            bench.postgres.stop("immediate")
+    contests: list[Contest] = []
+    with new_bench(options.rounds) as bench:
+        about = machine(bench.postgres)
+        print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+        for number, contest in CONTESTS.items():
+            if number in options.only or not options.only:
+                contests += contest(bench)
     contests.sort(key=lambda contest: contest.number)
     print(table(contests))
     if not options.only:
         results = [asdict(contest) | {"ratio": contest.ratio} for contest in contests]
         (HERE / "results.json").write_text(json.dumps({"machine": about, "contests": results}, indent=1) + "\n")
         (HERE / "ratios.svg").write_text(chart(contests))
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text().partition(MARKS[0])
-        readme.write_text(f"{before}{MARKS[0]}\n{table(contests)}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+        write_between(MARKS, ROOT / "README.md", table(contests))
     return 0
 
 

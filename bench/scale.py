@@ -13,7 +13,6 @@ import os
 import random
 import statistics
 import sys
-import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,19 @@ from harness import Backend, backend_with, cpu_seconds, execute, past_the_guard,
 from psycopg import sql
 from waiting import wait_until
 
-from bench.bench import MIB, SECONDS, Bench, curl, fetch_window, figure, machine, post_bodies, sessions_cpu_seconds
+from bench.bench import (
+    MIB,
+    SECONDS,
+    Bench,
+    curl,
+    fetch_window,
+    figure,
+    machine,
+    new_bench,
+    post_bodies,
+    sessions_cpu_seconds,
+    write_between,
+)
 
 HERE = Path(__file__).resolve().parent
 MILLION = 1_000_000
@@ -439,25 +450,17 @@ def main() -> int:
         parser.error(f"--rows is {options.rows}: it must be 0.01 or more")
     small = min(MILLION, large // 10)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        bench = Bench(folder, options.rounds)
-        try:
-            if options.settings:
-                configure(bench, options.settings)
-            facts = about(bench)
-            print(facts, flush=True)
-            figures = measure(bench, small, large)
-        finally:
-            bench.postgres.stop("immediate")
+    with new_bench(options.rounds) as bench:
+        if options.settings:
+            configure(bench, options.settings)
+        facts = about(bench)
+        print(facts, flush=True)
+        figures = measure(bench, small, large)
     minutes = (time.perf_counter() - began) / 60
     text = f"{facts}; {options.rounds} rounds, {minutes:.0f} minutes.\n\n{markdown(small, large, figures)}"
     print(text)
     if large >= 10 * MILLION and not options.settings:
-        file = HERE / "SCALE.md"
-        before, _, rest = file.read_text().partition(MARKS[0])
-        file.write_text(f"{before}{MARKS[0]}\n{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+        write_between(MARKS, HERE / "SCALE.md", text)
     return 0
 
 

@@ -396,6 +396,17 @@ def read_notes(journal: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in rejected.read_text().splitlines()] if rejected.exists() else []
 
 
+def failures_at_rest(drain: Callable[[], object], compare: Callable[[], object]) -> list[str]:
+    """Compares also what does not come to rest: that says what is missing."""
+    failures = []
+    for step, failure in ((drain, "NOT AT REST"), (compare, "NOT EQUAL")):
+        try:
+            step()
+        except Exception as error:
+            failures.append(f"{failure}: {type(error).__name__}: {error}")
+    return failures
+
+
 def assert_stored_and_exported(wanted: dict[str, str], url: str, files: Sequence[Path]) -> None:
     """The lines of all journals, by id, are those of the database and of the shared file, once each."""
     with psycopg.connect(url) as connection:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from arena import Arena, enter_own_mounts
+from arena import Arena, enter_own_mounts, failures_at_rest
 from chaos_faults import DISK_KINDS, KINDS, Strike
 from sabotage import sabotaged
 
@@ -86,12 +86,8 @@ class Run:
         print(f"{took}  {strike.kind:38} {proof or 'NOTHING TO STRIKE'}", flush=True)
 
     def rest(self) -> None:
-        """All comes to rest, and is compared also if it does not: that says what is missing."""
-        for step, failure in ((self._arena.drain, "NOT AT REST"), (self._compare, "NOT EQUAL")):
-            try:
-                step()
-            except Exception as error:
-                self.failures.append(f"{failure}: {type(error).__name__}: {error}")
+        """All comes to rest, and is compared."""
+        self.failures += failures_at_rest(self._arena.drain, self._compare)
 
     def _compare(self) -> None:
         self.lines = self._arena.compare()

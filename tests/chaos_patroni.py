@@ -28,7 +28,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arena import Slot, assert_stored_and_exported, verify
+from arena import Slot, assert_stored_and_exported, failures_at_rest, verify
 from harness import Backend, Service, backend_command, count_lines, execute, journal_ids
 from patroni_cluster import Cluster, Node, Probe, Programs, adopt_orphans
 from waiting import wait_until
@@ -264,12 +264,8 @@ class Run:
         )
 
     def rest(self) -> None:
-        """All comes to rest, and is compared also if it does not: that says what is missing."""
-        for step, failure in ((self._pipeline.drain, "NOT AT REST"), (self._compare, "NOT EQUAL")):
-            try:
-                step()
-            except Exception as error:
-                self.failures.append(f"{failure}: {type(error).__name__}: {error}")
+        """All comes to rest, and is compared."""
+        self.failures += failures_at_rest(self._pipeline.drain, self._compare)
         self._acknowledgements.end()
 
     def _compare(self) -> None:
