@@ -124,9 +124,7 @@ OUTBUF_BYTES = 64 * 1024  # of a reply in one buffer
 UNSENT_BYTES = 1024**2  # of a reply that wait for their reader before the next part is fetched
 GATHER_SECONDS = 0.002  # between two groups, while requests come in side by side: fewer and larger groups
 GATHER_REQUESTS = 64  # a group of so many is large enough
-LARGE_PIECE_BYTES = (
-    2 * 1024**2
-)  # of memory, that comes from the system and goes back to it; parts of exports are smaller
+LARGE_PIECE_BYTES = 2 * 1024**2  # of memory: it comes from the system, and goes back; parts of exports are smaller
 HEAP_REST_BYTES = 8 * 1024**2  # that stay with the process when all else at the end of its heap is free
 SWITCH_SECONDS = 0.0005  # after which a thread that reads a large batch lets the others go on; Python's own is 5 ms
 LOOP_SECONDS = 0.5  # how late a signal or a limit in time may be noticed
@@ -3011,6 +3009,21 @@ TOO_LATE = "408 Request Timeout"
 # ---- The server, on waitress: the loop ------------------------------------------------------------------------------
 
 
+def adjustments_for(listener: socket.socket) -> waitress.adjustments.Adjustments:
+    """What waitress calls its settings."""
+    return waitress.adjustments.Adjustments(
+        sockets=[listener],
+        recv_bytes=RECEIVE_BYTES,
+        outbuf_high_watermark=UNSENT_BYTES,
+        outbuf_overflow=2 * UNSENT_BYTES,  # so that replies need no temporary file
+        inbuf_overflow=SPILL_BYTES,
+        max_request_header_size=MAX_HEAD_BYTES,
+        max_request_body_size=sys.maxsize,  # Request and the application judge that
+        log_socket_errors=False,
+        ident=None,
+    )
+
+
 class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
     """waitress's server in a loop of our own: epoll, as with `poll` each idle connection would cost each request.
 
@@ -3060,17 +3073,7 @@ class Server(waitress.server.TcpWSGIServer):  # type: ignore[misc]
             map=self._parts,
             _sock=listener,
             dispatcher=waitress.task.ThreadedTaskDispatcher(),
-            adj=waitress.adjustments.Adjustments(
-                sockets=[listener],
-                recv_bytes=RECEIVE_BYTES,
-                outbuf_high_watermark=UNSENT_BYTES,
-                outbuf_overflow=2 * UNSENT_BYTES,  # so that replies need no temporary file
-                inbuf_overflow=SPILL_BYTES,
-                max_request_header_size=MAX_HEAD_BYTES,
-                max_request_body_size=sys.maxsize,  # Request and the application judge that
-                log_socket_errors=False,
-                ident=None,
-            ),
+            adj=adjustments_for(listener),
             sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
             bind_socket=False,
         )

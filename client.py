@@ -3427,12 +3427,17 @@ def run(settings: Settings, journal: Journal, sources: Sources, signals: Sequenc
     courier.say("stopped")
 
 
-def main(arguments: Sequence[str] = ()) -> int:
-    command = " ".join(arguments)
+def journals_to_replay(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Those that `replay` is given, none if it is something else that is asked for; and whether with --all."""
     options = [word for word in arguments[1:] if word.startswith("-")]
-    journals = arguments[1:] if arguments[:1] == ["replay"] and options in ([], ["--all"]) else []
-    paths = [path for path in journals if path not in options]
-    if command not in COMMANDS and not paths:
+    if arguments[:1] != ["replay"] or options not in ([], ["--all"]):
+        return [], False
+    return [word for word in arguments[1:] if word not in options], bool(options)
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    command, (journals, everything) = " ".join(arguments), journals_to_replay(arguments)
+    if command not in COMMANDS and not journals:
         known = ", ".join(filter(None, COMMANDS))
         print(f"client: unknown arguments {command!r}; known are {known}", file=sys.stderr)
         return 2
@@ -3445,13 +3450,12 @@ def main(arguments: Sequence[str] = ()) -> int:
         settings = read_settings(os.environ)
     except ValueError as error:
         refuse(str(error))
-    if paths:
-        log_as("client", settings.log_format)
+    log_as("client", settings.log_format)
+    if journals:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, as safely as kill -9
-        return replay(settings, paths, bool(options))
+        return replay(settings, journals, everything)
     if settings.source == "-" and not is_open(0):
         refuse("SOURCE is '-', but standard input is closed")
-    log_as("client", settings.log_format)
     threading.excepthook = fail
     signals: list[int] = []  # that came; not an Event: a second signal in its set() would wait for its lock for ever
     for number in (signal.SIGTERM, signal.SIGINT):
