@@ -45,6 +45,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from queue import LifoQueue
 from types import ModuleType
@@ -112,6 +113,7 @@ SPILL_BYTES = 1024**2  # of a body in memory; a larger one goes to a temporary f
 # How work is cut up
 QUICK_BYTES = 4096  # a POST up to this size is read in 0.1 ms: the loop does it
 QUICK_LINES = 64  # if it has no more lines or values than that: 4,096 empty lines take 20 ms, for as many reasons
+AT_ONCE_LENGTH = 4 * 1024**2  # of a batch that is read at once, in which there are three copies of its text in memory
 PART_ROWS = 4_000  # records that one statement of an export fetches: 0.8 MB usually
 PART_BYTES = 1024**2  # its text may have no more: where records are longer, a part has fewer of them
 STATS_ROWS = 1_000_000  # that are counted by address and by URI: the newest of a window, a second's work
@@ -345,7 +347,9 @@ FIELDS = (
     Field("status_code", "smallint", "[1-5][0-9]{2}", "status"),
 )
 BLANKS = "[ \\t]+"  # between two fields
-LINE = re.compile("[ \\t\\r\\n]*" + BLANKS.join(f"({field.pattern})" for field in FIELDS) + "[ \\t\\r\\n]*")
+VALUES = BLANKS.join(f"({field.pattern})" for field in FIELDS)
+LINE = re.compile(rf"[ \t\r\n]*{VALUES}[ \t\r\n]*")
+LINES = re.compile(rf"^[ \t\r]*{VALUES}[ \t\r]*\n", re.MULTILINE)
 
 Row = tuple[str, ...]  # a record as the database takes it: its id, then FIELDS
 
@@ -401,10 +405,8 @@ def same_line(one: Row, other: Row) -> bool:
 def new_ids(count: int) -> list[str]:
     """UUIDs version 7 (RFC 9562): ids made one after the other lie side by side in the index."""
     time_ms, dice = f"{time.time_ns() // 1_000_000:012x}", os.urandom(9 * count).hex()
-    return [
-        f"{time_ms[:8]}-{time_ms[8:]}-7{dice[n : n + 3]}-8{dice[n + 3 : n + 6]}-{dice[n + 6 : n + 18]}"
-        for n in range(0, 18 * count, 18)
-    ]
+    start = f"{time_ms[:8]}-{time_ms[8:]}-7"
+    return [f"{start}{dice[n : n + 3]}-8{dice[n + 3 : n + 6]}-{dice[n + 6 : n + 18]}" for n in range(0, 18 * count, 18)]
 
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -1782,9 +1784,8 @@ def read_post(request: falcon.Request, kind: str) -> Ticket:
     except OSError as error:  # a body on disk
         detail = f"This server could not keep the body ({error.strerror}); nothing was stored."
         raise Unavailable(detail, why="no_disk") from error
-    if kind == PLAIN:  # nothing but a line feed ends a line
-        check_batch_size(body.count(b"\n") + (not body.endswith(b"\n")) if body else 0)
-        return read_batch(body.removesuffix(b"\n").split(b"\n"), parse_text)
+    if kind == PLAIN:
+        return read_lines(body)
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
@@ -1794,8 +1795,51 @@ def read_post(request: falcon.Request, kind: str) -> Ticket:
     del text
     if not isinstance(document, list):
         return read_single(document)
-    check_batch_size(len(document))
-    return read_batch(document, parse_item)
+    return read_items(document)
+
+
+def read_lines(body: bytes) -> Ticket:
+    """A batch as text: nothing but a line feed ends a line. Raises 400."""
+    count = body.count(b"\n") + (not body.endswith(b"\n")) if body else 0
+    check_batch_size(count)
+    body = body.removesuffix(b"\n")
+    ticket = None
+    if len(body) <= AT_ONCE_LENGTH:
+        with contextlib.suppress(UnicodeDecodeError):  # one by one it is told which lines
+            ticket = read_at_once(new_ids(count), f"{body.decode()}\n")
+    return ticket or read_one_by_one(body.split(b"\n"), parse_text)
+
+
+def read_items(items: Sequence[Any]) -> Ticket:
+    """A batch as JSON. Raises 400."""
+    check_batch_size(len(items))
+    ticket = None
+    if all(type(item) is dict and item.keys() == {"id", "log"} for item in items):
+        ids, lines = zip(*map(itemgetter("id", "log"), items), strict=True)
+        texts = {*map(type, ids), *map(type, lines)} == {str}
+        if texts and sum(map(len, lines)) <= AT_ONCE_LENGTH and all(map(UUID.fullmatch, ids)):
+            ticket = read_at_once(list(map(str.lower, ids)), "".join(f"{line}\n" for line in lines))
+    return ticket or read_one_by_one(items, parse_item)
+
+
+def read_at_once(ids: Sequence[str], lines: str) -> Ticket | None:
+    """A batch that is good, as nearly all are, takes a third of the time of reading it one by one; None for any other.
+
+    A line of the text has at most one match, as a match begins where a line begins and ends with its line feed. So if
+    there are as many matches as ids and as line feeds, each id has its line, and each line was matched as a whole.
+    """
+    found = LINES.findall(lines)
+    if not len(found) == len(ids) == len(set(ids)) == lines.count("\n"):
+        return None
+    columns = (ids, *zip(*found, strict=True))
+    try:
+        for address in columns[1]:
+            packed_address(address)
+    except (OSError, ValueError):
+        return None
+    if max(map(len, columns[3])) > MAX_URI_BYTES / 4:  # in characters, as in parse_line
+        return None
+    return batch_ticket(columns, list(zip(range(len(ids)))), [])
 
 
 def parse_text(line: bytes, new_id: str) -> Row:
@@ -1870,16 +1914,15 @@ def read_single(document: Any) -> Ticket:
         status = falcon.HTTP_200 if stored.known else falcon.HTTP_201
         return status, {"id": row[0], "created": format_date(stored.known.get(0, stored.created))}
 
-    return Ticket(as_columns([row]), 1, 0, answer)
+    return Ticket(as_bytes([[value] for value in row]), 1, 0, answer)
 
 
-def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket:
-    """The good lines of a batch, which are stored in one transaction; the answer names the bad ones. Raises 400."""
-    count = len(items)  # the answer must not hold on to `items`
+def read_one_by_one(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket:
+    """A batch with something to tell: its good lines, and what is wrong with the others. Raises 400."""
     rows: dict[str, Row] = {}
     indexes: dict[str, list[int]] = {}  # of each row, where its line stands in the batch
     rejected: list[tuple[int, str]] = []
-    for index, (item, new_id) in enumerate(zip(items, new_ids(count), strict=True)):
+    for index, (item, new_id) in enumerate(zip(items, new_ids(len(items)), strict=True)):
         try:
             row = parse(item, new_id)
             first = rows.setdefault(row[0], row)
@@ -1890,7 +1933,15 @@ def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket
             rejected.append((index, str(error.description)))
     if not rows:
         raise nothing_stored(rejected)
-    places = list(indexes.values())
+    return batch_ticket(list(zip(*rows.values(), strict=True)), list(indexes.values()), rejected)
+
+
+def batch_ticket(
+    columns: Sequence[Sequence[str]], places: Sequence[Sequence[int]], rejected: list[tuple[int, str]]
+) -> Ticket:
+    """The good lines are stored in one transaction; the answer names the bad ones. `places` has for each row where its
+    line stands in the batch, once or several times."""
+    count = sum(map(len, places))
 
     def answer(stored: Stored) -> tuple[str, dict[str, Any]]:
         conflicting = [index for n in stored.conflicting for index in places[n]]
@@ -1898,23 +1949,21 @@ def read_batch(items: Sequence[Any], parse: Callable[[Any, str], Row]) -> Ticket
         if len(stored.conflicting) == len(places):
             raise nothing_stored(refused)
         accepted = len(places) - len(stored.known) - len(stored.conflicting)
-        body = {"accepted": accepted, "duplicates": count - len(refused) - accepted, "rejected": as_items(refused)}
-        return falcon.HTTP_201, body
+        duplicates = count - len(conflicting) - accepted
+        return falcon.HTTP_201, {"accepted": accepted, "duplicates": duplicates, "rejected": as_items(refused)}
 
     reasons_size = sum(sys.getsizeof(reason) for _, reason in rejected)
     repeats = {n: len(place) - 1 for n, place in enumerate(places) if len(place) > 1}
-    columns = as_columns(list(rows.values()))
-    return Ticket(columns, len(rows), reasons_size, answer, rejected=len(rejected), repeats=repeats)
+    return Ticket(as_bytes(columns), len(places), reasons_size, answer, rejected=len(rejected), repeats=repeats)
 
 
-def as_columns(rows: Sequence[Row]) -> tuple[bytes, ...]:
+def as_bytes(columns: Sequence[Sequence[str]]) -> tuple[bytes, ...]:
     """A thousand values are joined at a time: as text, one that is not ASCII makes all of them up to four times as
     large."""
-    pieces = [
-        ["\n".join(column).encode() for column in zip(*rows[start : start + 1000], strict=True)]
-        for start in range(0, len(rows), 1000)
-    ]
-    return tuple(b"\n".join(column) for column in zip(*pieces, strict=True))
+    return tuple(
+        b"\n".join("\n".join(column[start : start + 1000]).encode() for start in range(0, len(column), 1000))
+        for column in columns
+    )
 
 
 def nothing_stored(rejected: Sequence[tuple[int, str]]) -> BadRequest:
