@@ -125,14 +125,24 @@ def test_commits_are_counted_by_their_lines_and_a_post_takes_as_long_as_its_comm
     wait_until(lambda: scrape(backend.url)["queue_bytes"] == 0, SECONDS, "an empty queue")
 
 
+def with_the_database(backend: Backend) -> Samples:
+    """A scrape has little time for the database; on a busy machine one may have to do without."""
+
+    def answered() -> Samples:
+        samples = scrape(backend.url)
+        return samples if samples["database_up"] else Samples()
+
+    return wait_until(answered, SECONDS, "the database's answer")
+
+
 def test_the_state_of_database_and_connections_is_that_of_the_moment(backend: Backend) -> None:
-    samples = scrape(backend.url)
-    assert (samples["database_up"], samples["created_ahead_seconds"]) == (1, 0)
+    samples = with_the_database(backend)
+    assert samples["created_ahead_seconds"] == 0
     assert "newest_created_timestamp_seconds" not in samples
     requests.post(backend.data_url, json={"log": "192.0.2.1 GET /a 200"}, timeout=SECONDS)
     [record] = backend.records()
     newest = datetime.fromisoformat(record["created"]).astimezone(UTC).timestamp()
-    assert scrape(backend.url)["newest_created_timestamp_seconds"] == pytest.approx(newest, abs=1e-5)
+    assert with_the_database(backend)["newest_created_timestamp_seconds"] == pytest.approx(newest, abs=1e-5)
     with ExitStack() as stack:
         for _ in range(5):
             stack.enter_context(connect(backend.url))
