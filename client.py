@@ -1510,21 +1510,24 @@ class Journal:
             return False
         self._update_state()
         self.state = replace(self.state, rotated=self.state.rotated_before)  # who replays it sees that it is gone
-        if not self._is_known_durably():
-            with suppress(FileNotFoundError):
-                os.unlink(f"{self.path}.position")  # a hint: what is written next may need its block
-            self._save()
+        try:
+            self._save()  # as in a rotation, and with the same effect after a crash
+        except OSError:
+            if not self._is_known_durably():
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{self.path}.position")  # a hint, whose block may be the one that is needed
+                self._save()
         log.warning("the disk is full: emptying %s, which is delivered", self.path)
         os.ftruncate(self._file, 0)
         self._begin_part()
         return True
 
     def _is_known_durably(self) -> bool:
-        """As in a rotation, a crash leaves a LOG_FILE that is shorter than what was delivered of it: nothing is due.
+        """LOG_FILE, of which all is delivered, may be emptied although no block was free to note that.
 
-        On a disk without a free block that cannot be noted any more. It need not be if nothing but the position is
-        behind: what is between that and the end is gone with the file, and so are its ids. What is held back, and what
-        was moved here of a source, would be missed; that must be on disk.
+        After a crash it is shorter than, or as long as, what is noted as delivered: nothing of it is due, and the next
+        start appends under an identity of its own; this one appends nothing before .journal is written. Only two things
+        must be on disk: what is held back would be lost, and what was moved here of a source would be read again.
         """
         marks = (mark for files in self.sources.values() for one in files for mark in one.marks)
         moved = (mark.journal_after for mark in marks if mark.part == self.state.part)
