@@ -196,6 +196,20 @@ def test_a_file_of_an_unknown_form_is_told_once_with_an_example_and_a_hint(
 
 # ---- A real server --------------------------------------------------------------------------------------------------
 
+ESCAPED_LINE_FEEDS = [
+    rb'{"log":"x\n192.0.2.66 GET /forged 200\n","stream":"stdout","time":""}',
+    rb'{"remote_addr":"192.0.2.1","method":"GET","uri":"/","status":"200\n192.0.2.66 GET /forged 200"}',
+    rb'{"remote_addr":"192.0.2.1","method":"GET / 200\n192.0.2.66 GET","uri":"/forged","status":200}',
+]
+
+
+@pytest.mark.parametrize("line", ESCAPED_LINE_FEEDS)
+def test_a_source_line_is_one_journal_line_whatever_its_json_escapes(line: bytes) -> None:
+    [one] = client.Parser("source").lines(line + b"\n")
+    assert b"\n" not in one
+    assert client.PLAIN(one) is None
+
+
 JSON_LOG = """
   log_format json '{{"remote_addr":"$remote_addr","request":"$request","status":$status}}';
   access_log {folder}/json.log json;

@@ -567,6 +567,16 @@ def test_a_pattern_does_not_follow_journals_of_other_clients(
     assert caplog.text.count("logs-2.txt is the journal of another client") == 1
 
 
+def test_a_pattern_does_not_follow_a_journal_that_is_named_like_a_rotated_one(host_of: Callable[..., Host]) -> None:
+    """LOG_FILE=journal.%n makes such names."""
+    host = host_of("*")
+    other = client.open_journal(str(host.folder / "journal.%n"))
+    other.append([b"192.0.2.1 GET /other 200"])
+    host.write(some_lines(5))
+    host.settle()
+    assert host.journalled == some_lines(5)
+
+
 def test_a_journal_whose_name_a_source_begins_with_is_none_of_it(tmp_path: Path) -> None:
     journal = client.open_journal(str(tmp_path / "access"))
     for name in ("access", "access.journal", "access.source.new", "access.rejected.3"):
