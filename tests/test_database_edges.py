@@ -52,6 +52,8 @@ class CuttingSocket:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        """A close alone leaves the thread in accept(): once a stop signal restarts that, it has the next path's socket."""
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:
