@@ -3670,18 +3670,34 @@ def check_schema(settings: Settings) -> str:
     conninfo = conninfo_to_check(settings)
     if conninfo is None:
         return "brought up to date by the backend when it starts"
+    known = {step.id for step in yoyo.read_migrations(str(HERE / "migrations"))}
     with connect_to_check(conninfo) as connection:
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED  # as when it serves
         try:
             applied = {migration for (migration,) in connection.execute(APPLIED)}
+            if known <= applied:
+                try_to_store(connection)
         except psycopg.errors.UndefinedTable:
             applied = set()
-    known = {step.id for step in yoyo.read_migrations(str(HERE / "migrations"))}
     if missing := sorted(known - applied):
         if settings.embedded:
             return f"{len(missing)} migrations are applied when the backend starts"
         raise OSError(f"missing: {', '.join(missing)}: run `make migrate`")
     newer = len(applied - known)
     return f"{len(known)} migrations" + (f", and {newer} of a newer version" if newer else "")
+
+
+def try_to_store(connection: psycopg.Connection[Any]) -> None:
+    """Stores nothing, with the statement that stores: it needs the functions, the table, the rights and a transaction
+    that may write. It is never committed, so no standby is waited for. Raises OSError, psycopg.OperationalError."""
+    try:
+        connection.execute(f"SET LOCAL statement_timeout = {int(STATEMENT_SECONDS * 1000)}")
+        values = {**dict.fromkeys(("system", "timeline")), **dict.fromkeys(COLUMNS, "")}
+        connection.execute(STORE_LOGS, values)
+    except psycopg.Error as error:
+        raise OSError(f"no line could be stored: {error.diag.message_primary or one_line(error)}") from error
+    finally:
+        connection.rollback()
 
 
 def check_nothing(settings: Settings) -> str:

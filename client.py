@@ -29,6 +29,7 @@ import logging
 import os
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -677,7 +678,7 @@ class Parser:
                 too_long = length > len(whole)
                 parsed = Parsed(overlong(whole, length), False) if too_long else journal_line(whole, self._pattern)
                 if parsed.line:
-                    found.append(parsed.line)
+                    found.append(parsed.line.replace(b"\n", b" "))  # JSON may have one escaped: no line of its own
                     unknown += not parsed.known
         return found, unknown
 
@@ -1037,9 +1038,20 @@ def shift_parts(path: str, keep: int) -> None:
 PART_NUMBER = re.compile(r"\.[1-9][0-9]{0,5}$")
 
 
+COMPANION = re.compile(r"\.(?:journal|position|source|rejected|part|new|[0-9]{1,6})$")
+
+
 def without_companion(path: str) -> str:
     """The journal that a file of this name would be beside; any other path as it is."""
-    return re.sub(r"(\.(journal|position|source|rejected|part|new|[0-9]{1,6}))+$", "", path)
+    return journal_names(path)[-1]
+
+
+def journal_names(path: str) -> list[str]:
+    """What the journal may be called that has this file: LOG_FILE may itself end like a part of another, as log.1."""
+    names = [path]
+    while (shorter := COMPANION.sub("", names[-1])) != names[-1]:
+        names.append(shorter)
+    return names
 
 
 def part_numbers(path: str) -> list[int]:
@@ -1208,12 +1220,7 @@ class Journal:
         """Whole lines to the end, or nothing; `move` says where they are from. Raises OSError, Spoilt, DiskFailure."""
         data = b"".join(line + b"\n" for line in lines)
         with self._mutex:
-            try:
-                self._append(data, move)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
-                    raise
-                self._append(data, move)
+            self._with_room(lambda: self._append(data, move))
 
     def _append(self, data: bytes, move: Move | None) -> None:
         if not self._saved:  # a rotation could not write the new identity
@@ -1259,14 +1266,16 @@ class Journal:
                 gone = (Finished(one.inode, one.offset, one.marks[-1].crc) for one in lost)
                 finished = (*self.finished.get(source, ()), *gone)[-FINISHED_FILES:]
                 flush_to_disk(self._file, self.path)
-                self._write_sources(self.sources | {source: tuple(files)}, self.finished | {source: finished})
+                sources, known_again = self.sources | {source: tuple(files)}, self.finished | {source: finished}
+                self._with_room(lambda: self._write_sources(sources, known_again))
 
     def adopt(self, olds: Sequence[str], source: str) -> None:
         """The files of the old sources, the newest last, are those of this one. Raises OSError, DiskFailure."""
         with self._mutex:
             files = {source: tuple(one for old in olds for one in self.sources.get(old, ()))}
             flush_to_disk(self._file, self.path)
-            self._write_sources(without(self.sources, olds) | files, without(self.finished, olds))
+            sources, finished = without(self.sources, olds) | files, without(self.finished, olds)
+            self._with_room(lambda: self._write_sources(sources, finished))
 
     def forget(self, source: str) -> None:
         """It is gone for good. Raises OSError, DiskFailure."""
@@ -1359,12 +1368,15 @@ class Journal:
 
     def reject(self, record_id: str, line: bytes, reason: str) -> None:
         """Notes a refused line, once. Raises OSError; on disk it is before the position moves past it."""
+        if self._rejected >= 0 and not is_at(self._rejected, f"{self.path}.rejected"):
+            self._close_rejected()  # somebody has moved it away to read it, or deleted it
         if self._rejected < 0:
             self._open_rejected()
         if record_id in self._noted:
             return
         note = json.dumps({"id": record_id, "reason": reason, "log": line.decode(errors="backslashreplace")})
-        append_whole(self._rejected, note.encode() + b"\n")
+        with self._mutex:
+            self._with_room(lambda: append_whole(self._rejected, note.encode() + b"\n"))
         self._noted.add(record_id)
         self._unflushed_notes = True
 
@@ -1375,6 +1387,12 @@ class Journal:
         flush_folder(path)
         tail = read_tail(self._rejected, path)
         self._noted |= {name.decode() for name in re.findall(rb'^{"id": "([0-9a-f-]{36})"', tail, re.MULTILINE)}
+
+    def _close_rejected(self) -> None:
+        """Without a number that may soon be that of another open file."""
+        self._flush_notes()
+        os.close(self._rejected)
+        self._rejected = -1
 
     def _flush_notes(self) -> None:
         if self._unflushed_notes:
@@ -1468,9 +1486,17 @@ class Journal:
             os.replace(path, f"{path}.1")
         else:
             os.unlink(path)
-        os.close(self._rejected)
-        self._rejected = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        flush_folder(path)
+        self._close_rejected()
+        self._open_rejected()
+
+    def _with_room(self, write: Callable[[], None]) -> None:
+        """The mutex is held. What a full disk does not let it write is tried again once something has given way."""
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
+                raise
+            write()
 
     def _make_room(self) -> bool:
         """On a full disk delivered lines give way: old parts, the oldest first; then this one. False: none."""
@@ -1484,11 +1510,28 @@ class Journal:
             return False
         self._update_state()
         self.state = replace(self.state, rotated=self.state.rotated_before)  # who replays it sees that it is gone
-        self._save()  # as in a rotation, and with the same effect after a crash
+        try:
+            self._save()  # as in a rotation, and with the same effect after a crash
+        except OSError:
+            if not self._is_known_durably():
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{self.path}.position")  # a hint, whose block may be the one that is needed
+                self._save()
         log.warning("the disk is full: emptying %s, which is delivered", self.path)
         os.ftruncate(self._file, 0)
         self._begin_part()
         return True
+
+    def _is_known_durably(self) -> bool:
+        """LOG_FILE, of which all is delivered, may be emptied although no block was free to note that.
+
+        After a crash it is shorter than, or as long as, what is noted as delivered: nothing of it is due, and the next
+        start appends under an identity of its own; this one appends nothing before .journal is written. Only two things
+        must be on disk: what is held back would be lost, and what was moved here of a source would be read again.
+        """
+        marks = (mark for files in self.sources.values() for one in files for mark in one.marks)
+        moved = (mark.journal_after for mark in marks if mark.part == self.state.part)
+        return self._durable_held == self.state.held and all(end <= self._durable for end in moved)
 
 
 def new_identity() -> str:
@@ -1510,6 +1553,13 @@ def lines_with_ids(file: int, offset: int, end: int, spans: Spans, count: int) -
         lines.append((f"{due[0][1]}{offset:012x}", line))
         offset += len(line) + 1
     return lines
+
+
+def is_at(file: int, path: str) -> bool:
+    """The open file is the one at that path."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    return False
 
 
 def append_whole(file: int, data: bytes) -> None:
@@ -2280,8 +2330,8 @@ class Sources:
 
     def _follow(self, path: str) -> None:
         """Raises OSError, DiskFailure."""
-        if path not in self._claims:
-            self._claims[path] = claimed(path)
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # of its folder: `step` says so
+            self._claim(path)
         self._adopt_old_state(path)
         parts = [part for part in self._followed if path in bases_of(part)]
         if parts and path not in self._journal.sources:
@@ -2295,9 +2345,15 @@ class Sources:
                 self._leave(part)
         self._followed[path] = FollowedFile(path, self._journal, self._settings.source_pattern)
 
+    def _claim(self, path: str) -> None:
+        """Before a file is opened; where its folder comes later, not before that. Raises OSError, BlockingIOError."""
+        if path not in self._claims:
+            self._claims[path] = claimed(path)
+
     def _leave(self, path: str) -> None:
         self._followed.pop(path).close()
-        self._claims.pop(path).close()
+        if claim := self._claims.pop(path, None):
+            claim.close()
 
     def _matching(self, source: str) -> list[str]:
         """Without what a rotation made of another one of them: that is read as part of that one."""
@@ -2332,8 +2388,8 @@ class Sources:
 
     def _is_journal(self, path: str) -> bool:
         """Another client's, or beside it: lines would be stored twice."""
-        journal = without_companion(path)
-        if not os.path.exists(f"{journal}.journal") or self._journal.owns(path):
+        journal = next((name for name in journal_names(path) if os.path.exists(f"{name}.journal")), "")
+        if not journal or self._journal.owns(path):
             return False
         if journal not in self._told:
             self._told.add(journal)
@@ -2348,12 +2404,18 @@ class Sources:
             self._journal.adopt([""], path)
 
     def step(self) -> bool:
-        """A chunk of each; False if there is nothing new. One that cannot be read does not hold up the others."""
+        """A chunk of each; False if there is nothing new. One that cannot be read does not hold up the others.
+
+        Raises Spoilt if another client follows one.
+        """
         moved = False
-        for followed in list(self._followed.values()):
+        for path, followed in list(self._followed.items()):
             try:
+                self._claim(path)
                 moved |= followed.step()
                 followed.outage.end()
+            except BlockingIOError as error:
+                raise Spoilt(f"SOURCE {path} is followed by another client") from error
             except OSError as error:
                 followed.outage.begin(error)
         return moved
@@ -2377,12 +2439,13 @@ def claimed(path: str) -> socket.socket:
     """No other client on this machine follows that path while we live: its lines would be stored twice.
 
     A name in Linux's abstract namespace is freed with the process, whatever ends it, and needs no right to write
-    beside the source; a lock on the source itself could stop its writer. Raises BlockingIOError.
+    beside the source; a lock on the source itself could stop its writer. Raises BlockingIOError; OSError if its folder
+    is not there.
     """
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     real = os.path.realpath(path)
-    if sys.platform == "linux" and os.path.isdir(os.path.dirname(real)):
-        folder = os.stat(os.path.dirname(real))
+    folder = os.stat(os.path.dirname(real))
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    if sys.platform == "linux":
         name = os.path.basename(real).encode(errors="surrogateescape")
         address = b"\0log-pipeline %d %d %x " % (folder.st_dev, folder.st_ino, zlib.crc32(name)) + name[-40:]
         try:
@@ -2480,10 +2543,11 @@ def append_patiently(journal: Journal, lines: Sequence[bytes], stop: threading.E
 class NotDelivered(Exception):
     """All lines of a POST are kept and sent again. `kind` tells one reason of an outage from another."""
 
-    def __init__(self, kind: str, text: str, lasting: bool = False) -> None:
+    def __init__(self, kind: str, text: str, lasting: bool = False, is_own: bool = False) -> None:
         super().__init__(text)
         self.kind = kind
         self.lasting = lasting  # it may be about one line, for ever: a proxy's or firewall's 4xx
+        self.is_own = is_own  # it is in the form of the backend's own errors
 
 
 class Answer(NamedTuple):
@@ -2570,14 +2634,14 @@ class Courier:
         except NotDelivered as error:
             self._connection.close()
             self.counts["posts_retried_total"] += 1
-            if due and error.lasting:
+            if due:  # whatever it is now: those that were never sent do not wait for this one
                 held = self._held[due]
                 held.pause = min(HELD_SECONDS[1], held.pause * 2)
                 held.due = time.monotonic() + held.pause * random.uniform(0.75, 1.0)
-            elif error.lasting:
+            if not due and (error.lasting or self._is_about_these(error)):
                 self._narrow(lines, error)
-            elif not kept or error.kind != "connection":  # else it may have been closed long ago: try a new one
-                self._put_off(self._backend, error, error.kind)
+            elif not error.lasting and (not kept or error.kind != "connection"):
+                self._put_off(self._backend, error, error.kind)  # else closed long ago, perhaps: try a new one
             return True
         self._settle(lines, taken, due)
         return True
@@ -2590,6 +2654,24 @@ class Courier:
         outage.begin(reason, kind)
         now = time.monotonic()
         self._not_before = now + pause_of(outage.seconds, max(0.0, self._not_before - now))
+
+    def _is_about_these(self, error: NotDelivered) -> bool:
+        """Failed again and again by what looks like an outage, while an empty batch comes through to the backend.
+
+        So do firewalls that close the connection or answer by a page with 200, and whatever makes a proxy say 502.
+        What the backend says itself, or for how long to wait, is taken for what it is.
+        """
+        now = time.monotonic()
+        self._refusals += 1
+        lasts = self._refusals >= LASTING_REFUSALS or now <= self._narrow_until
+        if not lasts or error.is_own or self._not_before > now:
+            return False
+        try:
+            self._send([])
+        except NotDelivered as answer:
+            self._connection.close()
+            return answer.is_own and answer.kind == "400"
+        return True
 
     def _narrow(self, lines: Sequence[tuple[str, bytes]], error: NotDelivered) -> None:
         """Whatever is refused on the way: too much at once is sent in parts at once, anything else if it lasts."""
@@ -2772,7 +2854,8 @@ def read_answer(answer: Answer, count: int) -> Taken:
     text = " ".join(answer.body[:300].decode(errors="replace").split())
     where = f" to {answer.location[:300]!r}" if answer.location else ""
     lasting = 400 <= answer.status < 500 and answer.status not in (401, 404, 405, 407, 408, 421, 425, 429)
-    raise NotDelivered(str(answer.status), f"answer {answer.status}{where}: {text}", lasting)
+    is_own = answer.kind == "application/problem+json"
+    raise NotDelivered(str(answer.status), f"answer {answer.status}{where}: {text}", lasting, is_own)
 
 
 def is_complete(refused: Sequence[Any], count: int) -> bool:
@@ -3042,8 +3125,9 @@ def check_journal(log_file: str) -> None:
     for path in itertools.takewhile(os.path.exists, numbered) if "%n" in log_file else [os.path.realpath(log_file)]:
         try:
             if os.path.exists(path):
-                os.close(open_regular(path))
-                read_state_of(path)
+                state = read_state_of(path)
+                with open(open_regular(path), "rb") as file:
+                    check_head(file.fileno(), path, state)
                 read_source_state(f"{path}.source")
         except Spoilt as error:
             raise Failed(f"{error}: restore it, or move LOG_FILE away with all that is named after it") from error
@@ -3051,6 +3135,13 @@ def check_journal(log_file: str) -> None:
             raise Failed(f"{error}: name another file, or change its owner or mode") from error
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise Failed(f"{path} is not writable: change its owner or mode")
+
+
+def check_head(file: int, path: str, state: JournalState | None) -> None:
+    """Raises Spoilt, as the start would."""
+    size = os.fstat(file).st_size
+    if state and state.acknowledged <= size and not is_head(file, size, state):
+        raise Spoilt(f"{path} is not the journal of which {state.acknowledged} bytes were delivered")
 
 
 def check_folder(folder: str, can_be_made: bool) -> None:
@@ -3065,7 +3156,10 @@ def check_folder(folder: str, can_be_made: bool) -> None:
 
 def check_source(settings: Settings, source: str) -> None:
     """Raises Failed."""
-    paths = [path for path in glob.glob(source) if os.path.isfile(path)] if glob.has_magic(source) else [source]
+    paths = [source]
+    if glob.has_magic(source):  # which leaves out what cannot be followed, and all of our own
+        found = (path for path in glob.glob(source) if os.path.isfile(path) and not path.endswith(COMPRESSED))
+        paths = [path for path in found if not is_of_journal(settings, path)]
     if not paths:
         raise Failed("no file matches: correct SOURCE, unless one will come")
     for path in paths:
@@ -3460,8 +3554,11 @@ def main(arguments: Sequence[str] = ()) -> int:
     signals: list[int] = []  # that came; not an Event: a second signal in its set() would wait for its lock for ever
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
+    allow_descriptors()
+    what = f"LOG_FILE {settings.log_file}"
     try:
         journal = open_journal(settings.log_file, settings)
+        what = f"SOURCE {settings.source}"
         sources = Sources(settings, journal)
     except BlockingIOError as error:
         if error.filename:
@@ -3474,11 +3571,18 @@ def main(arguments: Sequence[str] = ()) -> int:
         log.error("%s; restore it, or move LOG_FILE away with all that is named after it, to begin anew", error)
         return 1
     except (OSError, DiskFailure) as error:
-        log.error("LOG_FILE %s cannot be used: %s", settings.log_file, error)
+        log.error("%s cannot be used: %s", what, error)
         return 1
     log.info("journal %s, delivering to %s", journal.path, settings.url)
     run(settings, journal, sources, signals)
     return 0
+
+
+def allow_descriptors() -> None:
+    """A followed file takes two; the usual limit of 1,024 is low for programs with select() alone."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # where the system has a lower one, that is as good as it gets
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def is_open(file: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -91,6 +92,14 @@ def backend(start_backend: Callable[..., Backend]) -> Backend:
 def fake() -> Iterator[FakeBackend]:
     with fake_backend() as one:
         yield one
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """For what another user works in, such as PostgreSQL's: root's next run of pytest closes its folders to others."""
+    with TemporaryDirectory(prefix="logpipeline-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture

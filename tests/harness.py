@@ -66,11 +66,16 @@ def stop(*pids: int) -> None:
     """SIGSTOP; returns when all have stopped."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: all(map(is_stopped, pids)), 20, f"the stop of {pids}")
+    wait_until(lambda: all(map(is_stopped, pids)), 60, f"the stop of {pids}")
 
 
 def is_stopped(pid: int) -> bool:
-    return process_state(pid)[0] == "T"
+    """All its threads: when the first one has stopped, another may still be about to end a system call."""
+    try:
+        threads = [int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()]
+        return all(process_state(thread)[0] == "T" for thread in threads)
+    except OSError:  # one has just ended
+        return False
 
 
 def cpu_seconds(*pids: int) -> float:
@@ -133,12 +138,10 @@ class Postgres:
 
     def pause(self) -> None:
         """SIGSTOP of all its processes: connections are accepted by the kernel, and nobody ever answers."""
-        stopped: set[int] = set()
-        while left := set(self.pids) - stopped:
-            for pid in sorted(left, key=lambda pid: pid != self.pid):  # the postmaster first: it makes the others
-                with suppress(ProcessLookupError):  # a session that has ended meanwhile
-                    os.kill(pid, signal.SIGSTOP)
-            stopped |= left
+        stop(self.pid)  # first, as it makes the others, and buries them: those below are there until it goes on
+        for pid in children_of(self.pid):
+            os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: all(map(is_stopped, children_of(self.pid))), 60, "the stop of its sessions")
 
     def resume(self) -> None:
         for pid in self.pids:
@@ -337,7 +340,7 @@ class Service:
     def printed(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def wait_for_line(self, pattern: str, seconds: float = 20) -> re.Match[str]:
+    def wait_for_line(self, pattern: str, seconds: float = 60) -> re.Match[str]:
         """Waits until a printed line matches."""
         found: list[re.Match[str]] = []
 
@@ -352,7 +355,7 @@ class Service:
         if self.process.poll() is None:
             os.kill(self.pid, number)
 
-    def end(self, seconds: float = 20) -> int:
+    def end(self, seconds: float = 60) -> int:
         """SIGTERM; the exit status."""
         self.kill(signal.SIGTERM)
         return self.process.wait(seconds)
@@ -361,7 +364,7 @@ class Service:
         """SIGKILL for what is left of it, its own children too: they are in its session."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 class Backend(Service):
@@ -403,7 +406,7 @@ def kill(service: Service) -> None:
     """kill -9; returns when it has ended."""
     assert service.process.poll() is None, f"ended by itself before it was killed:\n{service.printed}"
     service.kill()
-    service.process.wait(20)
+    service.process.wait(60)
 
 
 def driver(folder: Path, name: str, text: str) -> str:

@@ -85,7 +85,11 @@ def assert_delivered(lines: list[str], journal: Path, backend: Backend | FakeBac
 def wait_until_acknowledged(journal: Path) -> None:
     """All its lines are stored, or noted in .rejected: the position is moved last."""
     position = Path(f"{journal}.position")
-    wait_until(lambda: position.exists() and str(journal.stat().st_size) in position.read_text(), what="the position")
+
+    def is_acknowledged() -> bool:
+        return position.exists() and json.loads(position.read_text())["acknowledged"] == journal.stat().st_size > 0
+
+    wait_until(is_acknowledged, what="the position")
 
 
 def rejected(journal: Path) -> list[dict[str, str]]:
@@ -732,7 +736,7 @@ def test_after_sigterm_what_is_in_the_journal_is_delivered(
 
     def serve_later(request: Request) -> Reply:
         answering.wait()
-        threading.Event().wait(0.2)
+        threading.Event().wait(0.05)  # six of these are well within the time that it has
         return fake.serve(request)
 
     fake.answer = serve_later

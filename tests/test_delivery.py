@@ -11,9 +11,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,75 @@ def test_a_line_that_is_refused_on_the_way_holds_up_no_other_and_is_delivered_wh
     service.wait_for_line("stopped; .* 0 bytes left")
 
 
+POISON = "192.0.2.1 GET /etc/passwd 200"
+UNCLEAR = {
+    "closed": None,
+    "page": Reply(200, b"<h1>Request rejected</h1>", "text/html"),
+    "502": Reply(502, b"no", JSON),
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("page", "502")] + ["closed"])
+def test_a_line_that_never_comes_through_holds_up_no_other_whatever_that_looks_like(
+    ship: Callable[..., Service], fake: FakeBackend, source: Path, tmp_path: Path, kind: str
+) -> None:
+    """A firewall closes the connection, or answers by a page; an empty batch comes through."""
+    fake.answer = lambda request: UNCLEAR[kind] if b"passwd" in request.body else fake.serve(request)
+    lines = some_lines(4)
+    append(source, [*lines[:2], POISON, *lines[2:]])
+    changed = "import client\nclient.LASTING_REFUSALS = 1\nsys.exit(client.main())\n"
+    service = ship(driver(tmp_path, "changed.py", changed) if kind == "closed" else "client.py")
+    assert_stored(fake, lines)
+    service.wait_for_line("ERROR.*the line at byte .* is refused on the way: .*; holding it back")
+    fake.answer = fake.serve
+    wait_until(lambda: POISON in stored(fake), what="the line that was held back")
+
+
+@pytest.mark.parametrize("dead", [True, False], ids=["dead", "busy"])
+def test_an_outage_is_not_taken_for_a_line_that_never_comes_through(
+    start: Start, fake: FakeBackend, journal: Path, dead: bool
+) -> None:
+    """Nothing at all comes through, or the backend itself says that it cannot store."""
+    courier = client.Courier(client.Settings(url=fake.data_url), opened := client.open_journal(str(journal)))
+    opened.append([b"192.0.2.1 GET /1 200", b"192.0.2.1 GET /2 200"])
+    busy = refusal(503)
+    fake.answer = lambda request: None if dead else busy(request) if request.items else fake.serve(request)
+    for _ in range(client.LASTING_REFUSALS + 2):
+        courier._not_before = 0.0
+        courier.deliver()
+    assert opened.held == {}
+    assert len(fake.requests[-2].items) == 2 or not dead
+    assert max(len(request.items) for request in fake.requests[-2:]) == 2
+
+
+@pytest.mark.parametrize("status", [502, 404])
+def test_a_held_line_that_fails_in_another_way_holds_up_no_other(fake: FakeBackend, journal: Path, status: int) -> None:
+    opened = client.open_journal(str(journal))
+    opened.append([POISON.encode(), b"192.0.2.1 GET /next 200"])
+    [(held, line)] = opened.pending(1)
+    opened.hold(held, line)
+    courier = client.Courier(client.Settings(url=fake.data_url), opened)
+    fake.answer = firewall(fake, status, "passwd")
+    courier.deliver()
+    courier._not_before = 0.0
+    courier.deliver()
+    assert stored(fake) == ["192.0.2.1 GET /next 200"]
+    assert set(opened.held) == {held}
+
+
+def test_notes_of_refused_lines_go_on_when_their_file_was_moved_away_or_deleted(journal: Path) -> None:
+    opened, rejected = client.open_journal(str(journal)), Path(f"{journal}.rejected")
+    opened.reject("1" * 36, b"first", "bad")
+    rejected.rename(rejected.with_name("looked at"))
+    opened.reject("2" * 36, b"second", "bad")
+    assert [note["log"] for note in notes(journal)] == ["second"]
+    rejected.unlink()
+    opened.reject("3" * 36, b"third", "bad")
+    opened.reject("2" * 36, b"second", "bad")  # sent again
+    assert [note["log"] for note in notes(journal)] == ["third"]
+    assert rejected.with_name("looked at").read_text().count("\n") == 1
+
+
 def test_a_position_never_passes_a_line_that_is_held_back_before_that_is_on_disk(
     monkeypatch: pytest.MonkeyPatch, journal: Path
 ) -> None:
@@ -440,8 +510,8 @@ def test_what_is_held_back_is_counted_and_the_pauses_grow(
         return [request.at for request in fake.requests if len(request.items) == 1 and b"passwd" in request.body]
 
     wait_until(lambda: len(alone()) >= 4, 30, "attempts")
-    first, second, third, fourth = alone()[:4]
-    assert second - first < third - second < fourth - third
+    pauses = [later - earlier for earlier, later in pairwise(alone()[:4])]
+    assert all(pause >= least for pause, least in zip(pauses, (1, 1.5, 3), strict=True)), pauses
     assert service.end() == 0
     service.wait_for_line("stopped; 10 lines delivered, 0 refused, 1 held back, [1-9][0-9]* bytes left")
 
@@ -509,12 +579,12 @@ def test_a_journal_is_rotated_under_a_steady_stream_too_and_the_refused_lines_as
         writer.join()
     good = [line for line in written if "/bad/" not in line]
     assert_stored(fake, good)
+    wait_until(lambda: journal.stat().st_size < 65_536, what="the last rotation")
     assert service.end() == 0
-    assert journal.stat().st_size < 65_536 * 3
 
 
 KILLED_IN_ROTATION = """
-import os, signal
+import os, signal, threading
 import client
 
 left = int(os.environ["KILL_AT"])
@@ -523,7 +593,7 @@ def watch(owner, name):
     real = getattr(owner, name)
     def step(*arguments, **options):
         global left
-        if rotating:
+        if rotating == threading.get_ident():  # what another thread does meanwhile is no step of it
             left -= 1
             if left == 0:
                 print("killed at", name, flush=True)
@@ -531,14 +601,14 @@ def watch(owner, name):
         return real(*arguments, **options)
     setattr(owner, name, step)
 
-rotating = False
+rotating = None
 rotate = client.Journal._rotate
 
 def rotate_watched(journal):
     global rotating
-    rotating = True
+    rotating = threading.get_ident()
     rotate(journal)
-    rotating = False
+    rotating = None
 
 client.Journal._rotate = rotate_watched
 for name in ("open", "fsync", "replace", "link", "unlink", "close"):
@@ -607,6 +677,74 @@ def test_on_a_full_disk_delivered_parts_give_way_the_oldest_first(
     assert journal.read_bytes() == b"192.0.2.1 GET /3 200\n"
     [(name, _)] = opened.pending(10)
     assert name[:24] not in {identity for _, identity in before}
+
+
+def full_for_states(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[], bool]) -> None:
+    """No block is free for a small file."""
+    real = client.write_state
+
+    def write(path: str, state: str, durable: bool = True) -> None:
+        if is_full():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, state, durable)
+
+    monkeypatch.setattr(client, "write_state", write)
+
+
+def test_on_a_full_disk_a_part_gives_way_for_what_is_noted_of_a_rotated_source(
+    monkeypatch: pytest.MonkeyPatch, journal: Path, source: Path
+) -> None:
+    append(source, some_lines(3))
+    settings = client.Settings(source=str(source), log_file=str(journal))
+    sources = client.Sources(settings, client.open_journal(str(journal), settings))
+    while sources.step():
+        pass
+    part = Path(f"{journal}.1")
+    part.write_text("delivered\n")
+    full_for_states(monkeypatch, part.exists)
+    source.rename(f"{source}.1")
+    append(source, some_lines(3, "new"))
+    monkeypatch.setattr(client, "ROTATED_SECONDS", 0.0)
+    wait_until(lambda: sources.step() and journal.read_text().splitlines() == some_lines(3) + some_lines(3, "new"))
+
+
+@pytest.mark.parametrize("crash", [True, False], ids=["crash", ""])
+def test_a_delivered_journal_gives_way_on_a_disk_without_a_free_block(
+    monkeypatch: pytest.MonkeyPatch, journal: Path, crash: bool
+) -> None:
+    """Where the durable position is behind, and not even .journal can be written before that."""
+    opened = client.open_journal(str(journal), client.Settings(rotate_bytes=65_536))
+    opened.append([b"192.0.2.1 GET /1 200"] * 10_000)
+    full_for_states(monkeypatch, lambda: journal.stat().st_size > 0)
+    while lines := opened.pending(1000):
+        opened.acknowledge(lines)
+    before = {identity for _, identity in opened.state.spans}
+    with no_room(monkeypatch, lambda: not crash and journal.stat().st_size == 0), suppress(OSError):
+        opened.append([b"192.0.2.1 GET /2 200"])
+    if crash:
+        os.close(opened._file)
+        opened = client.open_journal(str(journal))
+        opened.append([b"192.0.2.1 GET /2 200"])
+    [(name, line)] = opened.pending(10)
+    assert (line, name[:24] in before) == (b"192.0.2.1 GET /2 200", False)
+
+
+def test_a_journal_with_lines_of_a_source_does_not_give_way_before_that_is_on_disk(
+    monkeypatch: pytest.MonkeyPatch, journal: Path, source: Path
+) -> None:
+    """Else a crash would let them be read again, under other ids."""
+    append(source, some_lines(5000))
+    settings = client.Settings(source=str(source), log_file=str(journal), rotate_bytes=65_536)
+    sources = client.Sources(settings, opened := client.open_journal(str(journal), settings))
+    while sources.step():
+        pass
+    full_for_states(monkeypatch, lambda: True)
+    while lines := opened.pending(1000):
+        opened.acknowledge(lines)
+    size = journal.stat().st_size
+    with pytest.raises(OSError, match="No space"):
+        opened._with_room(lambda: client.write_state("", ""))
+    assert journal.stat().st_size == size
 
 
 def test_on_a_full_disk_what_is_not_delivered_stays(monkeypatch: pytest.MonkeyPatch, journal: Path) -> None:
@@ -749,18 +887,22 @@ def test_a_refusal_is_told_when_it_comes_and_again_for_each_new_reason(
 
 def test_retry_after_as_a_date_is_honoured(ship: Callable[..., Service], fake: FakeBackend, source: Path) -> None:
     append(source, some_lines(10))
-    until = time.time() + 3
+    came: list[int] = []
+    until: list[int] = []  # a date has whole seconds
 
     def busy(request: Request) -> Reply | None:
-        if time.time() < until - 1:  # the date has whole seconds
-            date = format_datetime(datetime.fromtimestamp(until, UTC), usegmt=True)
+        came.append(int(time.time()))
+        until.append(came[0] + 3)
+        if len(came) == 1:
+            date = format_datetime(datetime.fromtimestamp(until[0], UTC), usegmt=True)
             return Reply(503, b"{}", PROBLEM, {"Retry-After": date})
         return fake.serve(request)
 
     fake.answer = busy
     ship()
     assert_stored(fake, some_lines(10))
-    assert len(fake.requests) == 2
+    assert len(came) == 2
+    assert came[1] >= until[0]
 
 
 ODD_ANSWERS = {
@@ -859,4 +1001,4 @@ def test_a_signal_ends_a_client_that_holds_a_line_back_within_its_time(
     began = time.monotonic()
     service.kill(signal.SIGTERM)
     assert service.process.wait(20) == 0
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < client.SHUTDOWN_SECONDS + 10  # it would be tried again for ever

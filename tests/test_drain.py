@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -36,10 +37,18 @@ def a_post(*headers: str) -> bytes:
 
 
 def say(connection: socket.socket, data: bytes) -> Answer:
-    """Sends a request; its answer, which comes in one piece."""
+    """Sends a request; its answer, which may come in pieces and has a Content-Length."""
     connection.sendall(data)
-    [answer] = split_answers(connection.recv(65536))
-    return answer
+    received = b""
+    while True:
+        piece = connection.recv(65536)
+        assert piece, f"closed after {received!r}"
+        received += piece
+        head, end, body = received.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        if end and length and len(body) >= int(length[1]):
+            [answer] = split_answers(received)
+            return answer
 
 
 def assert_last(answers: Sequence[Answer], status: int = 201) -> None:
@@ -53,6 +62,7 @@ def test_a_backend_told_to_stop_is_not_ready_at_once_and_serves_on(
     start_backend: Callable[..., Backend], workers: int
 ) -> None:
     backend = start_backend(WORKERS=workers, DRAIN_SECONDS=LONG)
+    wait_until(lambda: workers == 1 or len(children_of(backend.pid)) == workers, SECONDS, "all workers")
     with connect(backend.url) as used, connect(backend.url) as idle:
         for connection in (used, idle):
             assert "connection" not in say(connection, HEALTH).headers
@@ -88,7 +98,10 @@ def test_workers_whose_parent_has_died_do_not_drain(start_backend: Callable[...,
     wait_until(lambda: not any(map(is_running, workers)), SECONDS, "the end of the workers")
 
 
-def test_what_has_come_when_a_backend_stops_is_answered_before_it_ends(backend: Backend) -> None:
+def test_what_has_come_when_a_backend_stops_is_answered_before_it_ends(
+    start_backend: Callable[..., Backend], tmp_path: Path
+) -> None:
+    backend = start_backend(script=backend_with(tmp_path, SHUTDOWN_SECONDS=2 * SECONDS, ANSWER_SECONDS=SECONDS))
     with ExitStack() as stack:
         idle = [stack.enter_context(connect(backend.url)) for _ in range(20)]
         for connection in idle:
@@ -149,7 +162,7 @@ backend.Server._stop_listening = stop
 def test_a_request_that_comes_when_nothing_is_in_hand_any_more_is_answered(
     start_backend: Callable[..., Backend], tmp_path: Path
 ) -> None:
-    backend = start_backend(script=backend_with(tmp_path, STOPS))
+    backend = start_backend(script=backend_with(tmp_path, STOPS, SHUTDOWN_SECONDS=2 * SECONDS))
     with connect(backend.url) as idle:
         assert say(idle, HEALTH).status == 200
         backend.kill(signal.SIGTERM)

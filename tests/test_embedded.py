@@ -21,10 +21,10 @@ class KilledError(BaseException):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the database of a checkout in tmp_path is."""
-    monkeypatch.setattr(embedded, "HERE", tmp_path)
-    return tmp_path / "var/postgres"
+def folder(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the database of a checkout in a folder of its own is."""
+    monkeypatch.setattr(embedded, "HERE", open_folder)
+    return open_folder / "var/postgres"
 
 
 def assert_usable() -> None:
@@ -70,10 +70,10 @@ def test_a_database_that_is_still_starting_is_waited_for(folder: Path, monkeypat
         monkeypatch.setattr(package.PostgresServer, "_instances", {})  # as for another process
         monkeypatch.setattr(package.PostgresServer, "start", counted)
         other = pool.submit(assert_usable)
-        wait_until(lambda: len(tries) > 1 or other.done(), 30, "a second look")
+        wait_until(lambda: len(tries) > 1 or other.done(), 60, "a second look")
         assert len(tries) > 1
         overwrite(state, "starting", "ready   ")
-        other.result(30)
+        other.result(60)
 
 
 def overwrite(file: Path, old: str, new: str) -> None:

@@ -123,7 +123,7 @@ def test_an_exporter_stopped_at_any_step_finds_what_the_others_did(start: Start,
             add(fake, some_lines(1, tag=f"m{len(fake.stored)}"))
             if dice.random() < 0.2 and in_file(fake, shared):
                 parts.append(shared.rename(shared.with_name(f"data.txt.{len(parts)}")))
-            return is_stopped(sleeper.pid)
+            return "stopped at" in sleeper.printed and is_stopped(sleeper.pid)
 
         for number, (step, name) in enumerate(STOPS):
             sleeper = start(str(program), KILL_AT=step, KILL_IN=name, **settings, REQUEST_DELAY=1)

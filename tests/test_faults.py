@@ -42,6 +42,7 @@ from harness import (
     Postgres,
     Service,
     assert_same,
+    backend_with,
     children_of,
     clock_set_back,
     count_lines,
@@ -523,7 +524,7 @@ def test_nobody_writes_beside_an_instance_stopped_in_mid_write_and_if_it_is_kill
     began = time.monotonic()
     sleeper.kill(signal.SIGCONT if then == "continued" else signal.SIGKILL)
     assert_exported(fake.records(), shared)
-    assert time.monotonic() - began < 5  # on a busy machine; no age has to pass
+    assert time.monotonic() - began < 15  # on a busy machine; no age has to pass
     if then == "killed":
         said = "".join(other.printed for other in others)
         assert f"cut off {len(half) - half.rfind(bytes([10])) - 1} bytes of a record" in said
@@ -574,11 +575,10 @@ sys.exit(background.main([]))
 
 
 def test_a_lock_file_that_may_not_be_opened_is_named_and_waited_for(
-    start: Start, fake: FakeBackend, shared: Path, tmp_path: Path
+    start: Start, fake: FakeBackend, open_folder: Path, tmp_path: Path
 ) -> None:
-    for folder in (shared.parent, *shared.parent.parents):
-        if folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o001:
-            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's folders are for their owner only
+    shared = open_folder / "shared/data.txt"
+    shared.parent.mkdir()
     shared.parent.chmod(0o777)
     lock = shared.with_name("data.txt.lock")
     lock.touch(mode=0)
@@ -891,7 +891,10 @@ def test_a_full_folder_for_temporary_files_fails_large_requests_only_and_confirm
 # ---- Crowds ---------------------------------------------------------------------------------------------------------
 
 
-def test_100_slow_and_1000_silent_connections_hold_up_nobody(backend: Backend) -> None:
+def test_100_slow_and_1000_silent_connections_hold_up_nobody(start_backend: StartBackend, tmp_path: Path) -> None:
+    """Slow ones are left alone for as long as this takes on any machine: who waits for them waits for that long."""
+    patience = 20 * SECONDS
+    backend = start_backend(script=backend_with(tmp_path, HEAD_SECONDS=patience, BODY_GRACE_SECONDS=patience))
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     address = (str(urlsplit(backend.url).hostname), int(urlsplit(backend.url).port or 0))
     with ExitStack() as stack:
@@ -916,7 +919,7 @@ def test_100_slow_and_1000_silent_connections_hold_up_nobody(backend: Backend) -
             answer = requests.post(backend.data_url, json={"log": f"192.0.2.1 GET /{n} 200"}, timeout=SECONDS)
             assert answer.status_code == 201
             assert len(backend.records("?limit=5")) == min(5, n + 1)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 30
         slow[0].sendall(b"0.2.1 GET /slow/0 200")  # a slow one that comes to its end is served as well
         assert slow[0].recv(100).startswith(b"HTTP/1.1 201")
         silent[0].sendall(b"GET /api/health HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -928,10 +931,10 @@ def test_100_slow_and_1000_silent_connections_hold_up_nobody(backend: Backend) -
 
 
 def end_within(service: Service, seconds: float) -> None:
-    """SIGTERM: exit status 0 in the time that the README states, and 5 s for a busy machine."""
+    """SIGTERM: exit status 0 in the time that the README states, and 10 s for a busy machine."""
     began = time.monotonic()
     assert service.end(SECONDS) == 0
-    assert time.monotonic() - began < seconds + 5, service.printed
+    assert time.monotonic() - began < seconds + 10, service.printed
 
 
 def test_sigterm_of_each_service_under_load_loses_nothing_and_says_what_is_left(
@@ -948,8 +951,8 @@ def test_sigterm_of_each_service_under_load_loses_nothing_and_says_what_is_left(
 
     client, exporter = generate(), export()
     grow(shared, 500)
+    wait_until(lambda: len(children_of(backend.pid)) == 2, SECONDS, "two workers")
     processes = [backend.pid, *children_of(backend.pid)]
-    assert len(processes) == 3
     end_within(backend, 5)
     assert not any(map(is_running, processes))
     assert backend.printed.count("lines were left without an answer") == 2

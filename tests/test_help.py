@@ -15,7 +15,17 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from harness import ROOT, Backend, Postgres, backend_command, clean_environment, driver, new_postgres, standby_of
+from harness import (
+    ROOT,
+    Backend,
+    Postgres,
+    backend_command,
+    clean_environment,
+    driver,
+    execute,
+    new_postgres,
+    standby_of,
+)
 
 import backend as backend_module
 
@@ -126,6 +136,42 @@ def test_check_names_the_migrations_that_are_missing_and_applies_none(postgres: 
     assert "0001.create-logs" in lines[2]
     with psycopg.connect(empty) as connection:
         assert connection.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+
+
+CANNOT_STORE = {
+    "read-only": (
+        "ALTER ROLE {} SET default_transaction_read_only = on",
+        "cannot execute INSERT in a read-only transaction",
+    ),
+    "reader": ("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}", "permission denied for table logs"),
+    "patchy": ("DROP FUNCTION server_v1(bigint, integer)", "function server_v1(bigint, integer) does not exist"),
+}
+
+
+@pytest.mark.parametrize("role", CANNOT_STORE)
+def test_check_fails_where_no_line_could_be_stored(postgres: Postgres, role: str) -> None:
+    url, (change, reason) = postgres.create_logs(), CANNOT_STORE[role]
+    execute(url, f'CREATE ROLE "{role}" LOGIN')
+    try:
+        execute(url, f'GRANT SELECT ON _yoyo_migration TO "{role}"')
+        if role == "read-only":
+            execute(url, f'GRANT SELECT, INSERT ON logs TO "{role}"')
+        execute(url, change.format(f'"{role}"'))
+        status, lines = check(DATABASE_URL=url.replace("postgres@", f"{role}@"))
+        assert (status, lines[2]) == (1, f"FAILED  schema: no line could be stored: {reason}")
+    finally:
+        execute(url, f'DROP OWNED BY "{role}"')
+        execute(url, f'DROP ROLE "{role}"')
+
+
+def test_check_stores_nothing_and_sets_the_isolation_as_the_backend_does(postgres: Postgres) -> None:
+    url = postgres.create_logs()
+    with psycopg.connect(url) as connection:
+        connection.execute(
+            f'ALTER DATABASE "{connection.info.dbname}" SET default_transaction_isolation = serializable'.encode()
+        )
+    assert check(DATABASE_URL=url)[0] == 0
+    assert execute(url, "SELECT count(*) FROM logs") == [(0,)]
 
 
 def test_check_takes_a_schema_of_a_newer_version(postgres: Postgres) -> None:

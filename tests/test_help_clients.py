@@ -244,6 +244,24 @@ def test_a_check_of_the_client_says_which_file_is_wrong(
     assert contents(tmp_path) == before
 
 
+def test_a_check_of_the_client_finds_what_its_start_would_not_go_on_from(
+    fake: FakeBackend, tmp_path: Path, check: Callable[..., tuple[int, str]]
+) -> None:
+    fake.answer = lambda one: fake.serve(one) if one.method == "POST" else Reply(200)
+    journal = client.open_journal(str(tmp_path / "logs.txt"))
+    journal.append([b"192.0.2.1 GET /a 200"])
+    journal.acknowledge(journal.pending(1))
+    journal.make_durable(at_once=True)
+    [line] = failures(check("client", URL=fake.data_url, LOG_FILE="logs.txt", SOURCE="logs.*"))
+    assert re.match(r"FAILED  SOURCE: logs.\*: no file matches", line)
+    (tmp_path / "logs.gz").write_bytes(b"")
+    [line] = failures(check("client", URL=fake.data_url, LOG_FILE="other.txt", SOURCE="*.gz"))
+    assert re.match(r"FAILED  SOURCE: \*.gz: no file matches", line)
+    (tmp_path / "logs.txt").write_text("another file\n" * 10)
+    [line] = failures(check("client", URL=fake.data_url, LOG_FILE="logs.txt"))
+    assert re.match("FAILED  LOG_FILE: logs.txt: .* is not the journal of which 21 bytes were delivered: restore", line)
+
+
 def test_a_check_of_a_client_without_its_standard_input_says_so(fake: FakeBackend, tmp_path: Path) -> None:
     command = f"exec {sys.executable} {ROOT}/client.py --check <&-"
     settings = {"URL": fake.data_url, "SOURCE": "-"}

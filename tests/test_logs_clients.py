@@ -80,6 +80,7 @@ def test_each_event_is_a_line_in_utc_with_its_level_service_and_process(
     one.wait_for_line("backend back after ")
     assert one.end() == 0
     events = objects(one, service) if log_format == "json" else texts(one)
+    events = [event for event in events if not event[1].startswith("going on; ")]  # each 10 s
     assert [level for level, _ in events] == ["info", "warning", "info", "info"]
     begun = {"client": "answer 503: ", "background": "Refused: answer 503 "}[service]
     assert re.fullmatch(f"backend unreachable: {begun}.*; retrying", events[1][1])
@@ -216,7 +217,7 @@ def test_an_outage_tells_few_reasons_and_reminds_when_that_is_asked_for(
     assert outage.seconds > 0
     outage.end()
     outage.end()
-    assert caplog.messages[-1] == "disk back after 0.0 s"
+    assert re.fullmatch(r"disk back after [0-9]+\.[0-9] s", caplog.messages[-1])
     assert len(caplog.messages) == client.OUTAGE_REASONS + 2
     assert not outage
     assert outage.seconds == 0

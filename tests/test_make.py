@@ -18,7 +18,7 @@ NOT_COPIED = shutil.ignore_patterns(".*", "var", "artifacts", "__pycache__")
 
 
 def printed(*command: str, cwd: Path = ROOT) -> str:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=30, check=True).stdout
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def variables(text: str) -> dict[str, str]:
@@ -59,14 +59,14 @@ def make_in_copy(folder: Path, *arguments: str, **environ: str) -> subprocess.Co
         env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environ},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 
 
-def test_migrate_applies_all_and_migrate_down_takes_the_last_one_back(tmp_path: Path) -> None:
+def test_migrate_applies_all_and_migrate_down_takes_the_last_one_back(open_folder: Path) -> None:
     names = sorted(path.stem for path in ROOT.glob("migrations/*.sql") if ".rollback" not in path.name)
-    folder = tmp_path / "checkout"
+    folder = open_folder / "checkout"
     for target, expected in (
         ("migrate", names),
         ("migrate", [": none"]),
@@ -104,7 +104,7 @@ def test_an_old_python_is_one_clear_line(tmp_path: Path) -> None:
         cwd=tmp_path / "checkout",
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert result.returncode != 0

@@ -10,9 +10,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,17 @@ StartBackend = Callable[..., Backend]
 
 
 # ---- What is counted ------------------------------------------------------------------------------------------------
+
+
+def settled(url: str, requests_before: int) -> Samples:
+    """A scrape when so many requests have been counted: one is when its answer is ended, a moment after it has come."""
+
+    def counted() -> Samples:
+        samples = scrape(url)
+        done = [value for name, value in samples.by("requests_total").items() if "/metrics" not in name]
+        return samples if sum(done) >= requests_before else Samples()
+
+    return wait_until(counted, SECONDS, f"{requests_before} requests")
 
 
 def test_lines_are_counted_as_stored_duplicate_or_rejected_just_as_the_answers_say(backend: Backend) -> None:
@@ -74,8 +85,8 @@ def test_requests_are_counted_by_method_route_and_status_with_their_time(backend
         requests.get(f"{backend.url}{path}", timeout=SECONDS)
     requests.request("LINK", backend.data_url, timeout=SECONDS)
     requests.head(backend.data_url, timeout=SECONDS)
-    samples = scrape(backend.url)
-    assert samples.by("requests_total") == {
+    samples = settled(backend.url, 8)
+    assert {name: value for name, value in samples.by("requests_total").items() if "/metrics" not in name} == {
         'requests_total{method="GET",route="/api/data",status="200"}': 1,
         'requests_total{method="GET",route="/api/data",status="400"}': 1,
         'requests_total{method="GET",route="/api/health",status="200"}': 1,
@@ -114,14 +125,24 @@ def test_commits_are_counted_by_their_lines_and_a_post_takes_as_long_as_its_comm
     wait_until(lambda: scrape(backend.url)["queue_bytes"] == 0, SECONDS, "an empty queue")
 
 
+def with_the_database(backend: Backend) -> Samples:
+    """A scrape has little time for the database; on a busy machine one may have to do without."""
+
+    def answered() -> Samples:
+        samples = scrape(backend.url)
+        return samples if samples["database_up"] else Samples()
+
+    return wait_until(answered, SECONDS, "the database's answer")
+
+
 def test_the_state_of_database_and_connections_is_that_of_the_moment(backend: Backend) -> None:
-    samples = scrape(backend.url)
-    assert (samples["database_up"], samples["created_ahead_seconds"]) == (1, 0)
+    samples = with_the_database(backend)
+    assert samples["created_ahead_seconds"] == 0
     assert "newest_created_timestamp_seconds" not in samples
     requests.post(backend.data_url, json={"log": "192.0.2.1 GET /a 200"}, timeout=SECONDS)
     [record] = backend.records()
     newest = datetime.fromisoformat(record["created"]).astimezone(UTC).timestamp()
-    assert scrape(backend.url)["newest_created_timestamp_seconds"] == pytest.approx(newest, abs=1e-5)
+    assert with_the_database(backend)["newest_created_timestamp_seconds"] == pytest.approx(newest, abs=1e-5)
     with ExitStack() as stack:
         for _ in range(5):
             stack.enter_context(connect(backend.url))
@@ -150,6 +171,16 @@ def test_while_the_database_hangs_metrics_say_so_though_no_thread_is_left(start_
 COUNTERS = re.compile(r".*(_total|_count|_sum|_bucket)(\{.*)?")
 
 
+def both_at_work(backend: Backend, deaths: int) -> Samples:
+    """What two workers say when so many have died before them."""
+
+    def at_work() -> Samples:
+        samples = scrape(backend.url)
+        return samples if (samples["workers"], samples["worker_deaths_total"]) == (2, deaths) else Samples()
+
+    return wait_until(at_work, SECONDS, f"two workers after {deaths} deaths")
+
+
 def test_any_worker_answers_for_all_and_no_counter_falls_when_one_is_killed(start_backend: StartBackend) -> None:
     backend = start_backend(WORKERS=2)
     line = {"log": "192.0.2.1 GET /a 200"}
@@ -167,16 +198,15 @@ def test_any_worker_answers_for_all_and_no_counter_falls_when_one_is_killed(star
         return wait_until(counted, SECONDS, f"{count} lines")
 
     store(40)
-    before = wait_for(40)
-    assert (before["lines_stored_total"], before["workers"], before["worker_deaths_total"]) == (40, 2, 0)
+    wait_for(40)
+    before = both_at_work(backend, deaths=0)
+    assert before["lines_stored_total"] == 40
     assert before["commit_duration_seconds_count"] > 1
     for killed, victim in enumerate(children_of(backend.pid), 1):
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: victim not in children_of(backend.pid), SECONDS, "its end")  # noqa: B023
         wait_until(lambda: len(children_of(backend.pid)) == 2, SECONDS, "another")
-        wait_until(lambda: scrape(backend.url)["workers"] == 2, SECONDS, "both at work")
-        after = scrape(backend.url)
-        assert after["worker_deaths_total"] == killed
+        after = both_at_work(backend, deaths=killed)
         fallen = {name: (old, after.get(name, 0)) for name, old in before.items() if after.get(name, 0) < old}
         assert not {name: fall for name, fall in fallen.items() if COUNTERS.fullmatch(name)}
         before = after
@@ -186,9 +216,29 @@ def test_any_worker_answers_for_all_and_no_counter_falls_when_one_is_killed(star
 
 # ---- Refusals -------------------------------------------------------------------------------------------------------
 
+MANY = 30  # refusals; that an outage ends between them, as the machine had no time for the next one, is rare
+
+
+def assert_refusals(url: str, wanted: Mapping[str, int]) -> None:
+    """One is counted when its answer is ended, which may be a moment after that has come."""
+    wait_until(lambda: sum(refusals(url).values()) >= sum(wanted.values()), SECONDS, "the refusals to be counted")
+    assert refusals(url) == wanted
+
+
+def assert_told_in_two_lines(backend: Backend, begins: str, ends: str) -> None:
+    """One when it begins and one when it is over, not one for each refusal."""
+
+    def told() -> list[bool]:
+        return [bool(re.search(ends, found[0])) for found in re.finditer(f"{begins}|{ends}", backend.printed)]
+
+    wait_until(lambda: told()[-1:] == [True], SECONDS, "its end to be told")
+    assert told() == [False, True] * (len(told()) // 2)
+    assert len(told()) // 2 < MANY / 3
+
 
 def test_each_refusal_is_counted_by_its_reason(start_backend: StartBackend, tmp_path: Path) -> None:
-    backend = start_backend(script=backend_with(tmp_path, HEAD_SECONDS=0.3, BODY_GRACE_SECONDS=0.3))
+    backend = start_backend()
+    impatient = start_backend(script=backend_with(tmp_path, HEAD_SECONDS=0.3, BODY_GRACE_SECONDS=0.3))
     line, other = {"log": "192.0.2.1 GET /a 200", "id": IDS[0]}, {"log": "192.0.2.1 GET /b 200", "id": IDS[0]}
     json_type, close = "Content-Type: application/json", "Connection: close"
     for data in (
@@ -199,13 +249,15 @@ def test_each_refusal_is_counted_by_its_reason(start_backend: StartBackend, tmp_
         request("POST /api/data HTTP/1.1", json_type, "Content-Length: 99999999"),
         request("GET /api/data HTTP/1.1", "Origin: https://page.example", close),
         request("GET /api/data HTTP/1.1", f"X: {'x' * 40_000}"),
-        b"GET /api/data HTT", request("POST /api/data HTTP/1.1", json_type, "Content-Length: 99999"),
     ):  # fmt: skip
         exchange(backend.url, data)
-    assert refusals(backend.url) == {
+    for data in (b"GET /api/data HTT", request("POST /api/data HTTP/1.1", json_type, "Content-Length: 99999")):
+        exchange(impatient.url, data)
+    assert_refusals(backend.url, {
         "bad_request": 2, "no_endpoint": 1, "method": 1, "conflict": 1, "media_type": 1, "http_version": 1,
-        "too_large": 1, "origin": 1, "head_too_large": 1, "head_too_slow": 1, "body_too_slow": 1,
-    }  # fmt: skip
+        "too_large": 1, "origin": 1, "head_too_large": 1,
+    })  # fmt: skip
+    assert_refusals(impatient.url, {"head_too_slow": 1, "body_too_slow": 1})
 
 
 def test_a_full_queue_is_counted_for_each_post_and_told_in_two_lines(
@@ -219,14 +271,17 @@ def test_a_full_queue_is_counted_for_each_post_and_told_in_two_lines(
         for _ in range(2):  # one in hand, and one in the queue
             waiting.append(pool.submit(requests.post, backend.data_url, data=text, headers=PLAIN, timeout=SECONDS))
             wait_until(lambda: scrape(backend.url)["queue_bytes"] > 800 * len(waiting), SECONDS, "it in the queue")
-        for _ in range(3):
+        for _ in range(MANY):
             answer = requests.post(backend.data_url, data=text, headers=PLAIN, timeout=SECONDS)
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-        assert refusals(backend.url) == {"queue_full": 3}
+        assert_refusals(backend.url, {"queue_full": MANY})
         holder.rollback()
         assert [one.result(SECONDS).status_code for one in waiting] == [201, 201]
-    backend.wait_for_line(r"INFO \S+ write queue below its limit again after [0-9.]+ s")
-    assert len(re.findall("write queue full: 1000 bytes wait for a commit; answering 503", backend.printed)) == 1
+    assert_told_in_two_lines(
+        backend,
+        r"WARNING \S+ write queue full: 1000 bytes wait for a commit; answering 503",
+        r"INFO \S+ write queue below its limit again after [0-9.]+ s",
+    )
 
 
 def test_too_many_unfinished_bodies_are_counted_and_told_in_two_lines(
@@ -235,12 +290,14 @@ def test_too_many_unfinished_bodies_are_counted_and_told_in_two_lines(
     backend = start_backend(script=backend_with(tmp_path, BODIES_BYTES=100_000, OVERLOAD_SECONDS=0.2))
     head = request("POST /api/data HTTP/1.1", "Content-Type: text/plain", "Content-Length: 90000")
     with ExitStack() as stack:
-        senders = [stack.enter_context(connect(backend.url)) for _ in range(3)]
-        for sender in senders:
-            sender.sendall(head + b"x" * 60_000)
-        wait_until(lambda: refusals(backend.url).get("body_budget") == 2, SECONDS, "two refusals")
-    backend.wait_for_line("unfinished bodies below their limit again after")
-    assert backend.printed.count("unfinished bodies over their limit") == 1
+        for _ in range(MANY + 1):
+            sender = stack.enter_context(connect(backend.url))
+            with suppress(ConnectionError):  # it may be refused before it has sent all
+                sender.sendall(head + b"x" * 60_000)
+        assert_refusals(backend.url, {"body_budget": MANY})
+    assert_told_in_two_lines(
+        backend, "unfinished bodies over their limit", "unfinished bodies below their limit again after"
+    )
 
 
 def test_a_database_that_is_away_is_the_reason_of_each_503(start_backend: StartBackend, tmp_path: Path) -> None:
@@ -249,7 +306,7 @@ def test_a_database_that_is_away_is_the_reason_of_each_503(start_backend: StartB
     line = {"log": "192.0.2.1 GET /a 200"}
     assert requests.post(backend.data_url, json=line, timeout=SECONDS).status_code == 503
     assert requests.get(backend.data_url, timeout=SECONDS).status_code == 503
-    assert refusals(backend.url) == {"database": 2}
+    assert_refusals(backend.url, {"database": 2})
     assert scrape(backend.url)["database_up"] == 0
 
 
@@ -274,7 +331,8 @@ def test_metrics_need_the_token_and_promtool_finds_nothing(start_backend: StartB
     assert promtool, "install Debian's prometheus: make test does"
     done = subprocess.run([promtool, "check", "metrics"], input=answer.text, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert scrape(backend.url, **KEY)['refusals_total{reason="token"}'] == 1
+    token = 'refusals_total{reason="token"}'
+    wait_until(lambda: scrape(backend.url, **KEY)[token] == 1, SECONDS, "the refusal")
 
 
 def test_metrics_tell_all_routes_apart() -> None:

@@ -31,6 +31,7 @@ import os
 import SERVICE as service
 
 service.METRICS_SECONDS = float(os.environ.get("EACH_SECONDS", "0.02"))
+service.METRICS_END_SECONDS = 20.0  # a busy disk may be late
 sys.exit(service.main([]))
 """
 
@@ -114,13 +115,14 @@ def test_the_client_counts_what_becomes_of_its_lines(
     stored_meanwhile = [*fake.requests[-1].items[7:]]  # by an attempt whose answer was lost, say
     fake.store(Request("POST", {}, {}, json.dumps(stored_meanwhile).encode(), 0.0, 0))
     fake.answer = refusing(fake, 2)
-    done = wait_for_metrics(metrics_file, lines_stored_total=5, lines_duplicate_total=3, lines_refused_total=2)
+    delivered = {"bytes_left": 0, "oldest_undelivered_seconds": 0, "lines_held_back": 0}
+    counts = {"lines_stored_total": 5, "lines_duplicate_total": 3, "lines_refused_total": 2}
+    done = wait_for_metrics(metrics_file, **counts, **delivered)
     assert done["posts_retried_total"] == len(fake.requests) - 1 > 0
     assert done["lines_sent_total"] == 10 * len(fake.requests)
-    wait_for_metrics(metrics_file, bytes_left=0, oldest_undelivered_seconds=0, lines_held_back=0)
     assert before < done["last_delivery_timestamp_seconds"] < time.time()
     assert shipper.end() == 0
-    assert read_metrics(metrics_file) == {**done, "up": 0, "bytes_left": 0, "oldest_undelivered_seconds": 0}
+    assert read_metrics(metrics_file) == {**done, "up": 0}
 
 
 def test_the_client_counts_a_line_that_is_held_back_as_not_delivered(

@@ -18,7 +18,7 @@ import requests
 from axe_playwright_python.sync_playwright import Axe
 from browser import Tab, new_browser, new_tab
 from fakes import post_lines, some_lines
-from harness import Backend, Postgres, line_of, past_the_guard
+from harness import Backend, Postgres, kill, line_of, past_the_guard
 from nginx import running_nginx
 from playwright.sync_api import Browser, Locator, Page, expect
 
@@ -440,7 +440,7 @@ def test_the_backend_goes_away_and_comes_back_and_each_line_is_shown_once(
     post_lines(backend, lines[:10])
     page = open_page(tab, backend)
     expect_lines(page, lines[:10])
-    backend.destroy()
+    kill(backend)  # its port stays its own
     hurry(page)
     expect(page.locator("#status")).to_contain_text("No usable answer from the backend since")
     tab.save_screenshot("overview-away.png")
@@ -470,21 +470,20 @@ def test_without_its_database_the_backends_own_words_are_shown(tab: Tab, start_b
 def test_a_reply_that_breaks_off_is_asked_for_again_and_not_doubled(tab: Tab, shared: Backend) -> None:
     lines = [f"192.0.2.50 GET /{n} 200" for n in range(20)]
     post_lines(shared, lines)
-    cut: list[str] = []
-
-    def cut_first(route: Any) -> None:
-        cut.append(route.request.url)
-        if len(cut) == 1:
-            route.fulfill(status=404, content_type="text/html", body="<h1>A proxy's page</h1>")
-        elif len(cut) < 4:
-            route.fulfill(status=200, content_type="application/json", body=route.fetch().text()[:-30])
-        else:
-            route.continue_()
-
-    tab.page.route("**/api/data?*", cut_first)
+    answers: dict[str, Callable[[Any], None]] = {
+        "it answered 404": lambda route: route.fulfill(status=404, content_type="text/html", body="<h1>A proxy's</h1>"),
+        "its reply broke off": lambda route: route.fulfill(
+            status=200, content_type="application/json", body=route.fetch().text()[:-30]
+        ),
+        "The backend answers again": lambda route: route.continue_(),
+    }
+    given = iter(answers)
+    wanted = [next(given)]  # until it was seen: the page asks again after a second
+    tab.page.route("**/api/data?*", lambda route: answers[wanted[-1]](route))
     page = open_page(tab, shared, ip="192.0.2.50")
-    for said in ("it answered 404", "its reply broke off", "The backend answers again"):
+    for said in answers:
         expect(page.locator("#status")).to_contain_text(said)
+        wanted.append(next(given, said))
         hurry(page)
     expect_lines(page, lines)
 

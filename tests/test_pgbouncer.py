@@ -14,8 +14,9 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -154,7 +155,10 @@ def test_journal_and_table_are_equal_though_pgbouncer_is_killed_again_and_again(
         enough = stored() + 100
         wait_until(lambda: stored() >= enough and position.exists(), SECONDS, "lines in the table")
         assert client.end() == 0
-    client.wait_for_line(" 0 refused, 0 bytes left")
+    client.wait_for_line(" 0 refused, ")
+    rest = start("client.py", URL=backend.data_url, LOG_FILE=journal, SOURCE="-")  # what SIGTERM left, if it is slow
+    assert rest.process.wait(SECONDS) == 0
+    rest.wait_for_line(" 0 refused, 0 bytes left")
     assert_same(journal, backend.records())
 
 
@@ -241,10 +245,9 @@ def test_created_is_in_utc_and_dates_are_understood_whatever_zone_the_shared_ses
             [record] = backend.records(f"?date_from={created}")
             assert record["created"] == created
             with psycopg.connect(url) as direct:
-                direct.execute("SET TimeZone = 'UTC'")
-                row = direct.execute("SELECT max(created)::text FROM logs").fetchone()
+                row = direct.execute("SELECT max(created) FROM logs").fetchone()
             assert row is not None
-            assert created[:23].replace("T", " ") in row[0]
+            assert created == text(row[0].astimezone(UTC))
 
 
 # ---- Retention ------------------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ def test_retention_is_exact_though_pgbouncer_is_killed_again_and_again(
         before, own = times(watcher), watcher.info.backend_pid
         settings = {"DATABASE_URL": pooler.url(direct), "RETENTION_DAYS": 1}
         both = [start_backend(script=script, **settings) for _ in range(2)]
-        for enough in (5000, 2500):
+        for enough in (5500, 5000):
             wait_until(lambda: len(times(watcher)) <= enough, SECONDS, "some deletion", poll=0.01)  # noqa: B023
             pooler.kill()
             wait_until(lambda: sessions(direct) == {own}, SECONDS, "the end of its sessions")
@@ -296,16 +299,24 @@ def test_a_statement_cancelled_for_its_time_is_no_outage(
     assert post(backend).status_code == 201
     assert backend.records("?limit=1")
     before, printed = sessions(direct), len(backend.printed)
-    with psycopg.connect(direct) as holder:
+    waiting = "SELECT pid, waitstart FROM pg_locks WHERE NOT granted AND relation = 'logs'::regclass"
+    tries: set[tuple[Any, ...]] = set()
+    with psycopg.connect(direct) as holder, ThreadPoolExecutor(1) as pool:
         holder.execute("LOCK TABLE logs IN ACCESS EXCLUSIVE MODE")
         began = time.monotonic()
-        answer = requests.get(f"{backend.data_url}?limit=1", timeout=SECONDS)
-        seconds = time.monotonic() - began
-        waiting = holder.execute("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'logs'::regclass")
-        assert waiting.fetchone() == (0,)  # it does not wait on, unseen
+        asking = pool.submit(requests.get, f"{backend.data_url}?limit=1", timeout=SECONDS)
+
+        def is_answered() -> bool:
+            tries.update(holder.execute(f"{waiting} AND waitstart IS NOT NULL".encode()))  # it comes a moment later
+            return asking.done()
+
+        wait_until(is_answered, SECONDS, "an answer")
+        assert time.monotonic() - began >= 2
+        assert holder.execute(waiting.encode()).fetchall() == []  # it does not wait on, unseen
+    answer = asking.result()
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) > 1
-    assert 2 <= seconds < 3.8  # there was no second try
+    assert len(tries) == 1  # there was no second one
     lines = backend.printed[printed:].splitlines()
     assert len(lines) == 1, lines
     assert "back after" not in lines[0]

@@ -62,7 +62,7 @@ def exported(export: Callable[..., Service], backend: Backend, *files: Path) -> 
 
 def wait_for(backend: Backend, *files: Path) -> None:
     records = backend.records()
-    wait_until(lambda: last_id(files[-1]) == records[-1]["id"], 40, f"the last record in {files[-1]}", poll=0.05)
+    wait_until(lambda: last_id(files[-1]) == records[-1]["id"], 60, f"the last record in {files[-1]}", poll=0.05)
 
 
 def last_id(file: Path) -> str:
@@ -127,7 +127,7 @@ def test_what_a_restored_database_lost_is_given_back_and_exported_again(
     assert_each_line_once_in_both(backend, lines, *files)
     assert shared.with_name("data.txt.cut").read_bytes().splitlines(keepends=True) == lost
     for exporter in exporters:
-        exporter.wait_for_line("database back after")
+        exporter.wait_for_line("database back after", 60)  # it looks less often the longer the reconcile took
     post_lines(backend, some_lines(10, "later"))
     assert_each_line_once_in_both(backend, lines + some_lines(10, "later"), *files)
     done = reconcile(backend.data_url, "--yes")

@@ -117,7 +117,7 @@ SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in (terminate, wait_fo
 def test_what_the_standby_lacks_is_neither_acknowledged_nor_shown(
     start_backend: StartBackend, tmp_path: Path, pair: Pair, url: str, end_of_wait: Callable[[Postgres], None]
 ) -> None:
-    limits = {"STATEMENT_SECONDS": 1.0, "BARRIER_SECONDS": 0.5, "STUCK_SECONDS": 0.5}
+    limits = {"STATEMENT_SECONDS": 1.5, "BARRIER_SECONDS": 0.5, "STUCK_SECONDS": 0.5}
     backend = start_backend(script=backend_with(tmp_path, "", **limits), DATABASE_URL=url)
     first, item = store(backend), new_item()
     with away(pair, stopped=end_of_wait in (restart, crash)), ThreadPoolExecutor(1) as pool:
@@ -308,8 +308,7 @@ STATEMENTS = {
 
 
 @pytest.fixture
-def database(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> service.Database:
-    monkeypatch.setattr(service, "STATEMENT_SECONDS", 0.5)
+def database(postgres: Postgres) -> service.Database:
     return service.Database(postgres.create_logs(), 1)
 
 
@@ -332,12 +331,13 @@ def test_an_old_primary_refuses_who_has_met_a_higher_timeline(postgres: Postgres
 
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "new"])
 def test_a_session_leaves_a_server_from_which_another_has_taken_over(
-    database: service.Database, connected: bool
+    database: service.Database, connected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     *_, server = database.read(service.SECONDS_AHEAD)
     if connected:
         database.storing.query(service.NEWEST)
     database.hosts.meet(promoted(server), "elsewhere")
+    monkeypatch.setattr(service, "STATEMENT_SECONDS", 0.5)  # for half of it, a server is looked for
     for ask in (database.storing.query, database.read):
         with pytest.raises(service.Unavailable):
             ask(service.NEWEST)
@@ -470,7 +470,7 @@ def test_no_acknowledged_line_is_lost_when_a_standby_is_promoted(
         assert_is_primary(backend, standby)
     assert_equal(load, standby, url)
     print(f"{old_primary}: acknowledged again {seconds:.1f} s after the promotion")
-    assert seconds < 10
+    assert seconds < 15
 
 
 @pytest.mark.slow
@@ -487,7 +487,7 @@ def test_a_backend_that_starts_beside_an_old_primary_finds_the_new_one(
     backend = start_backend(DATABASE_URL=url)
     began = time.monotonic()
     after = store(backend)
-    assert time.monotonic() - began < service.LOOK_SECONDS + 2
+    assert time.monotonic() - began < service.STATEMENT_SECONDS  # it did not ask the one that stands still
     assert ids(backend) == [before, after]
     assert_is_primary(backend, standby)
 
@@ -518,7 +518,7 @@ def test_a_record_that_a_promotion_takes_back_was_seen_by_nobody(
 ) -> None:
     primary, standby = promotable
     direct = primary.create_logs()
-    script = backend_with(tmp_path, STATEMENT_SECONDS=1.0, BARRIER_SECONDS=0.5)
+    script = backend_with(tmp_path, STATEMENT_SECONDS=2.0, BARRIER_SECONDS=0.5)
     backend = start_backend(script=script, DATABASE_URL=both_hosts(promotable, direct))
     first, item = store(backend), new_item()
     seen, address = follow(backend.data_url)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from harness import ROOT, children_of
+from harness import ROOT, children_of, count_lines
 from waiting import wait_until
 
 import background
@@ -30,6 +30,7 @@ import run as program
 NOT_COPIED = shutil.ignore_patterns(".*", "var", "artifacts", "__pycache__")
 START_SECONDS = 60.0
 END_SECONDS = 10.0
+BUSY_SECONDS = 5.0  # more, if the machine has no time for it
 
 
 class Run:
@@ -100,6 +101,7 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        wait_until(lambda: not self.processes(), START_SECONDS, "the end of all that was killed")
 
     def wait_for_all_parts(self) -> None:
         """It says how to stop it when the last one has been started, which may be after the first records."""
@@ -108,7 +110,7 @@ class Run:
     def wait_for_records(self, more_than: int) -> None:
         def there() -> bool:
             assert self.process.poll() is None, f"the run has ended: {self.output}"
-            return len(self.shared) > more_than
+            return count_lines(self.folder / "var/shared/data.txt") > more_than  # whole ones
 
         wait_until(there, START_SECONDS, f"more than {more_than} records")
 
@@ -147,7 +149,7 @@ def assert_each_line_is_there_once(run: Run) -> None:
 def assert_no_process_is_left(run: Run) -> None:
     """All have ended, PostgreSQL but for its last step: before it goes the pid file, for which the backend waits."""
     assert not (run.folder / "var/postgres/postmaster.pid").exists()
-    for script, seconds in ((".py", 1), ("", END_SECONDS)):  # ours, then all
+    for script, seconds in ((".py", BUSY_SECONDS), ("", START_SECONDS)):  # ours, then all
         wait_until(lambda: not [c for c in run.processes().values() if script in c], seconds, "their end")  # noqa: B023
 
 
@@ -155,9 +157,9 @@ StartRun = Callable[..., Run]
 
 
 @pytest.fixture
-def start_run(tmp_path: Path) -> Iterator[StartRun]:
+def start_run(open_folder: Path) -> Iterator[StartRun]:
     """Starts a run in a copy of the checkout; in the same one each time. Nothing of it survives the test."""
-    folder = tmp_path / "checkout"
+    folder = open_folder / "checkout"
     shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
     runs: list[Run] = []
 
@@ -175,7 +177,7 @@ def test_lines_come_out_and_the_screen_says_where_and_how_many(start_run: StartR
     run = start_run()
     run.wait_for_records(20)
     progress = r"run +\| delivered [1-9][\d,]* \([\d,]+/s\)   written [1-9][\d,]* \([\d,]+/s\)\n"
-    wait_until(lambda: re.search(progress, run.output), 30, "progress")
+    wait_until(lambda: re.search(progress, run.output), START_SECONDS, "progress")
     for text in (r"http://127\.0\.0\.1:\d+/docs", "var/logs.txt", "var/shared/data.txt", "var/postgres", "Ctrl-C"):
         assert re.search(text, run.output), text
     assert len(run.output.splitlines()) < 40, "a person can follow it"
@@ -186,6 +188,8 @@ def test_the_progress_names_who_is_behind(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program, "PROGRESS_SECONDS", 0.0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     (tmp_path / "var").mkdir()
     progress = program.Progress()
 
@@ -204,7 +208,7 @@ def test_the_progress_names_who_is_behind(
         for name, text in texts.items():
             file = tmp_path / f"var/{name}.prom"
             file.write_text(text)
-            os.utime(file, (time.time() - seconds_old,) * 2)
+            os.utime(file, (now - seconds_old,) * 2)
         progress.say_if_due()
         return re.sub(r"\([\d,]+/s\)", "", capsys.readouterr().out).split("written 1,200 ")[1].strip()
 
@@ -254,7 +258,7 @@ def test_standard_input_comes_out_and_its_end_is_not_that_of_the_run(start_run: 
     assert list(map(as_line, run.shared)) == lines
     wait_until(lambda: "| delivered 100 " in run.output, START_SECONDS, "progress")
     assert run.process.poll() is None
-    assert run.press_ctrl_c() < END_SECONDS
+    assert run.press_ctrl_c() < END_SECONDS + BUSY_SECONDS
     assert run.process.returncode == 0
 
 
@@ -281,7 +285,7 @@ def test_ctrl_c_ends_in_ten_seconds_also_what_hangs(start_run: StartRun, script:
     run.wait_for_records(20)
     for pid in run.parts(script):
         os.kill(pid, signal.SIGSTOP)
-    assert run.press_ctrl_c() < END_SECONDS + 2, "and 2 s for a busy machine"
+    assert run.press_ctrl_c() < END_SECONDS + BUSY_SECONDS
     assert run.process.returncode == 0
     assert re.search(rf"{script.removesuffix('.py')}(-\d)? did not end in time: killed", run.output)
     assert_no_process_is_left(run)
@@ -293,7 +297,7 @@ def test_ctrl_c_ends_all_processes_in_ten_seconds_and_the_next_run_goes_on(start
     first.wait_for_records(50)
     assert len(first.parts("client.py")) == 1
     assert len(first.parts("background.py")) == 2
-    assert first.press_ctrl_c() < END_SECONDS
+    assert first.press_ctrl_c() < END_SECONDS + BUSY_SECONDS
     assert first.process.returncode == 0
     assert_no_process_is_left(first)
     assert_each_line_is_there_once(first)
@@ -313,14 +317,14 @@ def test_sigterm_to_the_run_is_the_same_as_ctrl_c(start_run: StartRun) -> None:
     run = start_run()
     run.wait_for_records(5)
     run.process.terminate()
-    assert run.wait(END_SECONDS) == 0
+    assert run.wait(END_SECONDS + BUSY_SECONDS) == 0
     assert_no_process_is_left(run)
 
 
 def test_ctrl_c_while_it_starts_leaves_nothing_either(start_run: StartRun) -> None:
     run = start_run()
     wait_until(lambda: run.parts("backend.py"), START_SECONDS, "the backend's process")
-    assert run.press_ctrl_c() < END_SECONDS
+    assert run.press_ctrl_c() < END_SECONDS + BUSY_SECONDS
     assert run.process.returncode == 0
     assert_no_process_is_left(run)
 
@@ -353,7 +357,7 @@ def test_if_a_part_dies_the_run_says_which_and_ends_the_others(start_run: StartR
     run = start_run(WORKERS=str(workers))
     run.wait_for_records(5)
     os.kill(run.parts(script)[0], signal.SIGKILL)
-    assert run.wait(END_SECONDS + 1) == 1
+    assert run.wait(END_SECONDS + BUSY_SECONDS) == 1
     assert re.fullmatch(
         rf"{script.removesuffix('.py')}(-\d)? ended with exit status -9, .*", run.output.splitlines()[-1]
     )
@@ -398,11 +402,11 @@ def test_an_unwritable_folder_is_one_clear_line(start_run: StartRun, variable: s
     assert_no_process_is_left(run)
 
 
-def test_a_checkout_that_cannot_be_written_to_is_one_clear_line(start_run: StartRun, tmp_path: Path) -> None:
-    (tmp_path / "checkout/var").write_text("a file where the folder should be")
+def test_a_checkout_that_cannot_be_written_to_is_one_clear_line(start_run: StartRun, open_folder: Path) -> None:
+    (open_folder / "checkout/var").write_text("a file where the folder should be")
     run = start_run()
     assert run.wait() == 1
-    assert_one_line_says(run, str(tmp_path / "checkout/var"))
+    assert_one_line_says(run, str(open_folder / "checkout/var"))
     assert len(run.output.splitlines()) == 1
 
 

@@ -84,10 +84,10 @@ def client_killed_before_the_answer(folder: Path, postgres: Postgres, start: Sta
         client = start("client.py", URL=fake.data_url, LOG_FILE=str(folder / "logs.txt"), SOURCE=source(folder, 50))
         wait_until(lambda: unanswered, 30, "a POST that gets no answer")
         client.kill()
-        client.process.wait(10)
+        client.process.wait(60)
         fake.answer = serve
         start("client.py", URL=fake.data_url, LOG_FILE=str(folder / "logs.txt"), SOURCE=str(folder / "source"))
-        wait_until(lambda: len(fake.stored) >= 50, 15, "all lines to be stored")
+        wait_until(lambda: len(fake.stored) >= 50, 30, "all lines to be stored")
         assert_same(folder / "logs.txt", fake.records())
 
 
@@ -126,13 +126,13 @@ def torn_tail_of_a_killed_exporter(folder: Path, postgres: Postgres, start: Star
     with fake_backend() as fake:
         first, shared = export_ten(fake, folder, start)
         first.kill()
-        first.process.wait(10)
+        first.process.wait(60)
         with shared.open("ab") as file:
             file.write(b'{"id":"01234567-89ab')
         (folder / "data.txt.lock").touch()
         fake.add(some_lines(10, tag="b"))
         start("background.py", **first.settings)
-        wait_until(lambda: shared.read_bytes().count(b"\n") >= 20, 10, "the next records")
+        wait_until(lambda: shared.read_bytes().count(b"\n") >= 20, 30, "the next records")
         (folder / "journal").write_text("\n".join([*some_lines(10), *some_lines(10, tag="b")]) + "\n")
         assert_same(folder / "journal", read_records(shared))
 
@@ -144,7 +144,7 @@ def exporter_killed_before_its_write(folder: Path, postgres: Postgres, start: St
         assert first.end() == 0
         fake.add(some_lines(10, tag="b"))
         second: Service = start(driver(folder, "killed.py", KILLED_BEFORE_WRITING), **first.settings)
-        assert second.process.wait(30) == -signal.SIGKILL
+        assert second.process.wait(60) == -signal.SIGKILL
         assert shared.read_bytes().count(b"\n") == 10
         part = shared.rename(folder.parent / "moved_away")  # now the position alone says where to go on
         fake.add(some_lines(10, tag="c"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,37 @@ def test_a_second_client_on_one_source_with_a_journal_of_its_own_says_so_and_end
     assert "is followed by another client" in second.printed
     kill(first)
     follow(LOG_FILE=journal.with_name("second.txt")).wait_for_line("delivering to")
+
+
+def test_of_two_clients_that_waited_for_the_folder_of_a_source_one_says_so_and_ends(
+    follow: Follow, fake: FakeBackend, source: Path, journal: Path
+) -> None:
+    late = source.parent / "late" / "access.log"
+    both = [follow(SOURCE=late, LOG_FILE=journal.with_name(name)) for name in ("first.txt", "second.txt")]
+    for service in both:
+        service.wait_for_line("cannot be followed")
+    late.parent.mkdir()
+    write(late, some_lines(10))
+    wait_until(lambda: any(service.process.poll() is not None for service in both), what="the end of one")
+    [ended] = [service for service in both if service.process.poll() is not None]
+    assert ended.process.wait(20) == 1
+    assert "is followed by another client" in ended.printed
+    assert_stored(fake, some_lines(10))
+
+
+def test_more_files_are_followed_than_the_usual_limit_of_open_ones(
+    start: Start, fake: FakeBackend, source: Path, journal: Path, tmp_path: Path
+) -> None:
+    for number in range(20):
+        write(source.with_name(f"{number}.log"), [f"192.0.2.1 GET /{number} 200"])
+    limits = "import client, resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({}, {}))\nsys.exit(client.main())\n"
+    settings = {"URL": fake.data_url, "LOG_FILE": journal, "SOURCE": f"{source.parent}/*.log"}
+    service = start(driver(tmp_path, "raised.py", limits.format(32, 500)), **settings)
+    wait_until(lambda: len(fake.stored) == 20, what="all lines")
+    kill(service)
+    service = start(driver(tmp_path, "fixed.py", limits.format(20, 20)), **settings)
+    assert service.process.wait(20) == 1
+    assert re.search(r"SOURCE .*/\*.log cannot be used: .*Too many open files", service.printed)
 
 
 SPOILT = [b"", b"garbage", b"\0" * 30, b"[]", b"{}", b'{"spans": 3}', b'{"sources": 3, "chunk": null}', b"\xff"]

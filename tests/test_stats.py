@@ -555,6 +555,30 @@ def test_what_is_changed_by_hand_is_counted_anew(url: str, connection: Connectio
         assert_exact_in(database, {"buckets": 3})
 
 
+def test_what_is_mended_with_the_guard_off_is_counted_anew(url: str, connection: Connection) -> None:
+    put(url, some_moments(500, 20, random.Random(1)), random.Random(2))
+    assert count_step(connection) == 500
+    connection.execute("ALTER TABLE logs DISABLE TRIGGER logs_guard")
+    connection.execute("UPDATE logs SET method = 'PATCH' WHERE status_code = 404")
+    connection.execute("ALTER TABLE logs ENABLE TRIGGER logs_guard")
+    assert_exact_in(service.Database(url, 1), {"buckets": 3})
+    assert count_step(connection) == 500
+    assert_true_counts(connection, 500)
+
+
+def test_storing_keeps_the_counts_however_triggers_were_enabled(url: str, connection: Connection) -> None:
+    """pg_restore --disable-triggers ends by enabling all of them, which is not what they were."""
+    put(url, some_moments(500, 20, random.Random(1)), random.Random(2))
+    connection.execute("ALTER TABLE logs DISABLE TRIGGER ALL")
+    connection.execute("ALTER TABLE logs ENABLE TRIGGER ALL")
+    assert count_step(connection) == 500
+    line = "ARRAY[gen_random_uuid()], '{::1}', '{GET}', '{/}', '{200}'"
+    connection.execute(f"SELECT store_logs_v2({line})".encode())
+    assert_true_counts(connection, 500)
+    assert_exact_in(service.Database(url, 1), {"buckets": 3})
+    assert count_step(connection) == 1
+
+
 def test_a_change_by_hand_that_is_taken_back_changes_no_count(url: str, connection: Connection) -> None:
     put(url, some_moments(500, 20, random.Random(1)), random.Random(2))
     assert count_step(connection, 300) == 300

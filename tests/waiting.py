@@ -17,8 +17,10 @@ def wait_until(
 ) -> T:
     """The first true value of `condition`, asked again and again. Fails the test after `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        if time.monotonic() > deadline:
+    while True:
+        is_last = time.monotonic() > deadline  # before the look: this process itself may have been held up in it
+        if value := condition():
+            return value
+        if is_last:
             raise AssertionError(f"waited {timeout:.0f} s in vain for {what}")
         threading.Event().wait(poll)
-    return value

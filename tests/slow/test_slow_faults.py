@@ -45,7 +45,7 @@ Start = Callable[..., Service]
 StartBackend = Callable[..., Backend]
 
 SECONDS = 120
-ANSWER_SECONDS = 12  # the backend's own 10 s, and 2 for a busy machine
+ANSWER_SECONDS = 15  # the backend's own 10 s, and 5 for a busy machine
 OUTAGE_SECONDS = 35  # longer than each wait for an answer: the client's is 30 s
 CONNECTIONS = 30  # of the victim
 MIB = 1024**2
@@ -118,7 +118,7 @@ def healthy(backend: Backend) -> bool:
     answer = Answer("GET", f"{backend.url}/api/health")
     assert answer.reply is not None, answer
     assert answer.reply.status_code == 200, answer
-    assert answer.seconds < 2, answer
+    assert answer.seconds < 5, answer  # it does not wait for what takes 8 s and more
     return True
 
 
@@ -314,7 +314,7 @@ def test_40_readers_who_open_a_large_export_and_do_not_read_hold_up_nobody_and_a
             assert small.reply is not None, small
             assert len(small.reply.json()) == 5, small
             assert small.seconds < 5, small
-            assert Answer("GET", f"{address}/api/health").seconds < 2
+            assert Answer("GET", f"{address}/api/health").seconds < 5
 
         cut_off = "cut off 127.0.0.1: it took nothing of its reply"
         wait_until(lambda: backend.printed.count(cut_off) >= 16, SECONDS, "the end of all who hold a place")
@@ -350,11 +350,11 @@ def test_100_clients_that_send_a_byte_a_minute_hold_up_nobody_and_are_told_408(b
     posted = 0
     with ExitStack() as stack, ThreadPoolExecutor(100) as pool:
         slow = [(stack.enter_context(socket.create_connection(address)), SLOW_REQUESTS[n % 2]) for n in range(100)]
+        began = time.monotonic()
         for one, request in slow:
             one.settimeout(SECONDS)
             one.sendall(request[:-2])
         statuses = [pool.submit(one.recv, 12) for one, _ in slow]
-        began = time.monotonic()
         while not all(status.done() for status in statuses):
             answer = post(backend)
             assert answer.reply is not None, answer
@@ -363,7 +363,7 @@ def test_100_clients_that_send_a_byte_a_minute_hold_up_nobody_and_are_told_408(b
             posted += 1
             assert healthy(backend)
             threading.Event().wait(0.5)
-        assert 9 < time.monotonic() - began < 20
+        assert 10 <= time.monotonic() - began < 30
         assert [status.result()[8:] for status in statuses] == [b" 408"] * 100
     assert len(backend.records()) == posted
 
