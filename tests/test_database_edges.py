@@ -52,7 +52,7 @@ class CuttingSocket:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """A close alone leaves the thread in accept(): once a stop signal restarts that, it has the next path's socket."""
+        """A close alone leaves the thread in accept(): restarted by a stop signal, that has the next path's socket."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
