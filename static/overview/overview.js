@@ -20,6 +20,7 @@ import { addressOf, FILTERS, frameOf, keptPart, parseView, queryOf, WINDOWS } fr
 const NUMBERS_SECONDS = 5;
 const TOPS_SECONDS = 15;
 const REST = 9; // after each of these two, times what it took: a tenth of the backend's time at most
+const LONGEST_REST_SECONDS = 90; // more was no work of the backend's: this machine slept meanwhile
 const TOP = 10;
 const DOWNLOAD_RECORDS = 100_000; // with a token the page has to hold them all in memory
 const GOOD_NEWS_SECONDS = 10; // shown for
@@ -113,7 +114,8 @@ function gently(seconds, step) {
   return async (signal) => {
     const began = performance.now();
     const goesOn = await step(signal);
-    return goesOn ? Math.max(seconds, (REST * (performance.now() - began)) / 1000) : null;
+    const rest = Math.min((REST * (performance.now() - began)) / 1000, LONGEST_REST_SECONDS);
+    return goesOn ? Math.max(seconds, rest) : null;
   };
 }
 
