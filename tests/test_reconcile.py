@@ -224,7 +224,7 @@ def lost_in_three_parts(fake: FakeBackend, export: Callable[..., Service], share
     return files
 
 
-@pytest.mark.parametrize("kind", ["refused", "conflict", "away", "half"])
+@pytest.mark.parametrize("kind", ["refused", "conflict", "away", "half", "a page", "a list"])
 def test_unless_every_line_is_stored_nothing_is_cut(
     reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path, kind: str
 ) -> None:
@@ -240,6 +240,8 @@ def test_unless_every_line_is_stored_nothing_is_cut(
             "conflict": Reply(201, json.dumps(counts).encode()),
             "away": None,
             "half": Reply(201, json.dumps(counts | {"rejected": []}).encode()),
+            "a page": Reply(200, b'{"status": "ok"}'),
+            "a list": Reply(200, b"[]"),
         }[kind]
 
     fake.answer = answer
