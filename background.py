@@ -457,7 +457,7 @@ def find_parts(folder: Folder, file_name: str) -> tuple[list[Part], list[str]]:
     links = {entry.name for entry in entries if entry.is_symlink() and entry.name != file_name}
     names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False) or entry.name == file_name}
     owners = {file_name, *(name.removesuffix(".position") for name in names if name.endswith(".position"))}
-    names -= {f"{owner}{companion}" for owner in owners for companion in COMPANIONS}
+    names -= {f"{owner}{companion}{end}" for owner in owners for companion in COMPANIONS for end in ("", ".gz")}
     ours = {name for name in names if owner_of(name, owners) == file_name}
     unowned = {name for name in names if not owner_of(name, owners)}
     looked_at = {name: look_at(folder, name, name in ours) for name in (*sorted(ours), *sorted(unowned))}
@@ -1538,7 +1538,7 @@ class ReconciledFile(SharedFile):
         """All parts in order; the last one ends in a whole record. Raises Unusable unless each begins after the end of
         the one before, and the file itself is the last: a copy that lies in the folder must not be cut in its place."""
         self._folder = folder
-        for part in self._parts()[-1:]:
+        for part in [part for part in self._parts()[-1:] if part.ours]:
             self._last_of(part, mend=True)
         parts = self._parts()
         for part, following in pairwise(parts):
