@@ -1632,6 +1632,7 @@ def locked_numbered(path: str, sources: Sequence[str]) -> tuple[str, int]:
 # ---- Sources --------------------------------------------------------------------------------------------------------
 
 NUMBERED = re.compile(r"[._-](?:[0-9][0-9A-Za-z:.+_-]*|old)")  # what a rotation puts behind a name
+SHORT_NUMBER = re.compile(r"[_-](?!(?:19|20)[0-9]{2}-?[01][0-9])[0-9]{1,5}(?![0-9])")  # no date, no seconds
 DATED = re.compile(r"[._-](?:19|20)[0-9]{2}-?[01][0-9][0-9A-Za-z:.+_-]*")  # or before its ending
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip")  # the first of them can be read
 SECOND = 10**9  # nanoseconds; what compresses a file may leave it a time stamp of whole seconds
@@ -1822,8 +1823,16 @@ def bases_of(path: str) -> tuple[str, ...]:
     folder, name = os.path.split(path)
     plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), ""))
     places = [found.start() for found in re.finditer("[._-]", plain)]
-    bases = [plain[:n] for n in places if n and NUMBERED.fullmatch(plain, n)]
+    bases = [plain[:n] for n in places if n and is_numbered(plain, plain[:n])]
     return tuple(os.path.join(folder, base) for base in (*bases, *([plain] if plain != name else [])))
+
+
+def is_numbered(name: str, base: str) -> bool:
+    """A rotation has made that name of `base`. Behind one without an ending a short number after - or _ says nothing of
+    the kind: worker-2 and web-01.example.com are files of their own beside worker and web."""
+    if not name.startswith(base) or not NUMBERED.fullmatch(name, len(base)):
+        return False
+    return "." in base or not SHORT_NUMBER.match(name, len(base))
 
 
 def suffix_of(path: str, base: str) -> str | None:
@@ -1836,7 +1845,7 @@ def suffix_of(path: str, base: str) -> str | None:
     if folder != base_folder or not name.startswith(stem):
         return None
     plain = name.removesuffix(next(filter(name.endswith, COMPRESSED), ""))
-    if plain.startswith(base_name) and (NUMBERED.fullmatch(plain, len(base_name)) or base_name == plain != name):
+    if is_numbered(plain, base_name) or base_name == plain != name:
         return plain[len(base_name) + 1 :]
     inside = plain.removesuffix(dot + ending)
     return inside[len(stem) + 1 :] if DATED.fullmatch(inside, len(stem)) else None
@@ -2593,6 +2602,7 @@ class Courier:
         self._not_before = 0.0
         self._reasons: set[str] = set()  # of refusals that were said
         self._refusals = 0  # in a row, on the way, of whole batches
+        self._failures = 0  # in a row, of what looks like an outage
         self._narrow_until = 0.0  # such a refusal was seen to last: the next one is narrowed down at once
         self._held = {record_id: Held(HELD_SECONDS[0], 0.0) for record_id in journal.held}
         self._in_a_row: dict[str, NotDelivered] = {}  # lines held since the last one that was accepted
@@ -2638,10 +2648,11 @@ class Courier:
                 held = self._held[due]
                 held.pause = min(HELD_SECONDS[1], held.pause * 2)
                 held.due = time.monotonic() + held.pause * random.uniform(0.75, 1.0)
-            if not due and (error.lasting or self._is_about_these(error)):
+            closed = kept and error.kind == "connection"  # long ago, perhaps: try a new one
+            if not due and (error.lasting or (not closed and self._is_about_these(error))):
                 self._narrow(lines, error)
-            elif not error.lasting and (not kept or error.kind != "connection"):
-                self._put_off(self._backend, error, error.kind)  # else closed long ago, perhaps: try a new one
+            elif not error.lasting and not closed:
+                self._put_off(self._backend, error, error.kind)
             return True
         self._settle(lines, taken, due)
         return True
@@ -2656,15 +2667,15 @@ class Courier:
         self._not_before = now + pause_of(outage.seconds, max(0.0, self._not_before - now))
 
     def _is_about_these(self, error: NotDelivered) -> bool:
-        """Failed again and again by what looks like an outage, while an empty batch comes through to the backend.
+        """It looks like an outage, and lasts, but an empty batch comes through to the backend.
 
-        So do firewalls that close the connection or answer by a page with 200, and whatever makes a proxy say 502.
-        What the backend says itself, or for how long to wait, is taken for what it is.
+        So do firewalls that close the connection or answer by a page with 200, and what makes a proxy say 502. What the
+        backend says itself, too many requests, or for how long to wait, is taken for what it is.
         """
         now = time.monotonic()
-        self._refusals += 1
-        lasts = self._refusals >= LASTING_REFUSALS or now <= self._narrow_until
-        if not lasts or error.is_own or self._not_before > now:
+        self._failures += 1
+        lasts = self._failures >= LASTING_REFUSALS or now <= self._narrow_until
+        if not lasts or error.is_own or error.kind in ("429", "503") or self._not_before > now:
             return False
         try:
             self._send([])
@@ -2717,7 +2728,7 @@ class Courier:
         self.counts["lines_refused_total"] += len(taken.refused)
         self.delivered_at = time.time()
         self._disk.end()
-        self._refusals = 0
+        self._refusals = self._failures = 0
         self._journal.draining = True
         if held:
             del self._held[held]

@@ -235,6 +235,7 @@ class Proxy:
         self._delays.extend(seconds)
 
     def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # ends the thread that waits in accept: its number may be taken soon
         self._listener.close()
 
     def _connect(self) -> socket.socket:

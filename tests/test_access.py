@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import threading
 import time
@@ -25,7 +26,7 @@ from waiting import wait_until
 from backend import read_origins, read_settings
 
 SECONDS = 60
-PROMPT_SECONDS = 5  # an answer that waits for nothing, on a busy machine
+PROMPT_SECONDS = 9  # an answer that waits for nothing, on a busy machine: who waits for more says 408 after 10 s
 TOKEN = "s3cret"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 ORIGIN = "https://page.example:8443"
@@ -356,6 +357,7 @@ def test_who_goes_on_sending_after_a_refusal_is_cut_off_in_the_end(
     backend = start(driver(tmp_path, "short.py", SHORT), **settings)
     url = backend.wait_for_line(r"listening on (http://\S+)")[1]
     with connect(url, seconds=PROMPT_SECONDS) as connection:
+        began = time.monotonic()
         connection.sendall(request("POST /api/data HTTP/1.1", PLAIN, "Content-Length: 10000000"))
         assert split_answers(read_to_end(connection))[0].status == 401
 
@@ -366,18 +368,26 @@ def test_who_goes_on_sending_after_a_refusal_is_cut_off_in_the_end(
                 return True
             return False
 
-        began = time.monotonic()
-        wait_until(is_cut_off, 10, "the end of the connection")
-        assert time.monotonic() - began > 0.5  # it lingered
+        wait_until(is_cut_off, 20, "the end of the connection")
+        assert time.monotonic() - began >= 1  # it lingered
 
 
 def test_a_refusal_leaves_no_file_descriptor_behind(guarded: Backend) -> None:
-    folder = Path(f"/proc/{guarded.pid}/fd")
     assert exchange(guarded.url, BY_THE_HEAD["token"][0], PROMPT_SECONDS)[0].status == 401
-    before = len(list(folder.iterdir()))
+    before = descriptors(guarded)
     for _ in range(30):
         assert exchange(guarded.url, BY_THE_HEAD["token"][0], PROMPT_SECONDS)[0].status == 401
-    wait_until(lambda: len(list(folder.iterdir())) <= before, what="the closing of refused connections")
+    wait_until(lambda: descriptors(guarded) <= before, what="the closing of refused connections")
+
+
+def descriptors(backend: Backend) -> int:
+    """How many it has open, but for Unix sockets: sessions of PostgreSQL come and go with what it does beside."""
+    sessions = {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
+    targets = []
+    for entry in Path(f"/proc/{backend.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            targets.append(os.readlink(entry))
+    return sum(target[8:-1] not in sessions for target in targets)
 
 
 def test_a_connection_goes_on_after_a_refusal_whose_body_has_come(guarded: Backend) -> None:

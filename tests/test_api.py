@@ -1264,7 +1264,7 @@ def test_once_the_database_is_migrated_the_same_process_serves(unready: Unready)
     assert answer.result(SECONDS).status_code == 503
     assert "migrate" in get(backend).json()["detail"]
     backend_command("migrate", backend.database_url)
-    assert requests.get(f"{backend.url}/readyz", timeout=SECONDS).status_code == 200
+    wait_until(lambda: requests.get(f"{backend.url}/readyz", timeout=SECONDS).ok, SECONDS, "a backend that is ready")
     stored = store(backend)
     assert [record["id"] for record in backend.records()] == [stored["id"]]
 

@@ -195,17 +195,21 @@ def statuses(connections: Sequence[socket.socket]) -> list[int]:
 def test_slow_heads_get_408_and_hold_up_nobody(start_with: StartBackend, twin: Backend) -> None:
     backend = start_with(HEAD_SECONDS=2)
     with neighbour(backend, twin), ExitStack() as stack:
-        slow = [stack.enter_context(connect(backend.url, seconds=5)) for _ in range(200)]
+        slow = [stack.enter_context(connect(backend.url)) for _ in range(200)]
         idle = stack.enter_context(connect(backend.url))
-        patient = stack.enter_context(connect(backend.url))
         began = time.monotonic()
-        patient.sendall(ASKED["health"][:20])
         for connection in slow:
             connection.sendall(b"GET /api/health HTTP/1.1\r\nX: ")
-        trickle(slow, b"x", 0.1, 1.2)
-        patient.sendall(ASKED["health"][20:])  # in time
+        while True:
+            patient = stack.enter_context(connect(backend.url))
+            first_sent = time.monotonic()
+            patient.sendall(ASKED["health"][:20])
+            trickle(slow, b"x", 0.1, 0.5)
+            patient.sendall(ASKED["health"][20:])
+            if time.monotonic() - first_sent < 1:  # in time, with as much again for a backend that has to wait itself
+                break
         assert statuses([patient]) == [200]
-        trickle(slow, b"x", 0.1, 6)
+        trickle(slow, b"x", 0.1, SECONDS)
         assert statuses(slow) == [408] * 200
         assert time.monotonic() - began >= 2
         idle.sendall(ASKED["health"])  # nothing of a head had come, so it was not late
@@ -217,10 +221,10 @@ def test_slow_bodies_get_408_and_hold_up_nobody(start_with: StartBackend, twin: 
     backend = start_with(BODY_GRACE_SECONDS=1)
     head = CHUNKED if chunked else request(POST, PLAIN, "Content-Length: 1000000")
     with neighbour(backend, twin), ExitStack() as stack:
-        slow = [stack.enter_context(connect(backend.url, seconds=5)) for _ in range(100)]
+        slow = [stack.enter_context(connect(backend.url)) for _ in range(100)]
         for connection in slow:
             connection.sendall(head + b"64\r\n" * chunked)
-        trickle(slow, b"x", 0.1, 6)
+        trickle(slow, b"x", 0.1, SECONDS)
         assert statuses(slow) == [408] * 100
 
 
@@ -230,8 +234,9 @@ def test_a_body_that_keeps_the_pace_is_served_however_long_it_takes(start_with: 
     data = post(body, kind="text/plain")
     with connect(backend.url) as connection:
         began = time.monotonic()
-        for start in range(0, len(data), 2_100):
-            connection.sendall(data[start : start + 2_100])
+        connection.sendall(data[:21_000])  # a lead of 5 s, for a machine that pauses
+        for start in range(21_000, len(data), 1_400):
+            connection.sendall(data[start : start + 1_400])
             threading.Event().wait(0.1)
         [(status, answer)] = read_answers(connection, 1)
         assert time.monotonic() - began > 2
@@ -254,7 +259,7 @@ def test_a_chunks_line_or_a_trailer_that_never_ends_gets_400(backend: Backend, t
     """At first as fast as the server takes it, then a byte at a time: each must not cost as much as all before it."""
     begin, piece = ENDLESS[part]
     with neighbour(backend, twin) as client, ExitStack() as stack:
-        attackers = [stack.enter_context(connect(backend.url, seconds=5)) for _ in range(4)]
+        attackers = [stack.enter_context(connect(backend.url)) for _ in range(4)]
         over = threading.Event()
 
         def attack(connection: socket.socket) -> None:
@@ -285,7 +290,7 @@ def test_a_chunks_line_or_a_trailer_has_8_kib_at_most_however_it_comes(backend: 
         "extension": b"%b;%b\r\n%b\r\n0\r\n\r\n" % (chunk, filler, line),
         "trailer": b"%b\r\n%b\r\n0\r\nX: %b\r\n\r\n" % (chunk, line, filler),
     }
-    with connect(backend.url, seconds=10) as connection:
+    with connect(backend.url) as connection:
         connection.sendall(CHUNKED)
         for n in range(len(shapes[part])):
             if not send(connection, shapes[part][n : n + 1]):
@@ -387,7 +392,7 @@ def test_bodies_of_16_mb_that_stall_by_the_dozen_share_64_mb(backend: Backend, t
     with neighbour(backend, twin) as client, ExitStack() as stack:
         stalled = []
         for _ in range(12):
-            connection = stack.enter_context(connect(backend.url, seconds=5))
+            connection = stack.enter_context(connect(backend.url))
             stalled.append(connection)
             connection.sendall(head)
             for _ in range(159):
@@ -395,7 +400,7 @@ def test_bodies_of_16_mb_that_stall_by_the_dozen_share_64_mb(backend: Backend, t
                     break
             client.stay(4)
             assert held_on_disk(backend.pid) <= 64 * MIB
-        wait_until(lambda: sum(map(is_answered, stalled)) >= 8, 10, "refusals: at most four fit into 64 MB")
+        wait_until(lambda: sum(map(is_answered, stalled)) >= 8, SECONDS, "refusals: at most four fit into 64 MB")
         client.stay(10)
         refused = [connection for connection in stalled if is_answered(connection)]
         assert len(refused) < 12  # the room there is, is given
@@ -551,7 +556,7 @@ def test_who_reads_slowly_is_served_to_the_end_and_who_reads_nothing_is_cut_off(
         while time.monotonic() - began < 7:  # more than three times the limit
             received += steady.recv(2_000)
             threading.Event().wait(0.05)
-        backend.wait_for_line("cut off", 10)
+        backend.wait_for_line("cut off", SECONDS)
         assert backend.printed.count("cut off") == 1
         assert refusals(backend.url) == {"reader_stalled": 1}
         while piece := steady.recv(MIB):
@@ -621,7 +626,7 @@ def slowest_gives_way(backend: Backend, minute: float, count: int) -> None:
             assert answer.status_code in (200, 503)
             return answer.status_code == 200 and len(answer.json()) == count
 
-        wait_until(is_served, 10, "a place", poll=0.2)
+        wait_until(is_served, SECONDS, "a place", poll=0.2)
         for one in (slow, *quick):
             one.hurry.set()
             one.join(SECONDS)
@@ -652,7 +657,7 @@ def test_past_the_limit_of_connections_the_oldest_idle_ones_give_way(start_with:
         with ExitStack() as stack:
             idle = []
             for n in range(400):
-                idle.append(stack.enter_context(connect(backend.url, seconds=5)))
+                idle.append(stack.enter_context(connect(backend.url)))
                 if n % 2:  # some have been served before
                     idle[-1].sendall(request("GET /api/health HTTP/1.1"))
                     assert read_answers(idle[-1], 1)[0][0] == 200
@@ -661,14 +666,14 @@ def test_past_the_limit_of_connections_the_oldest_idle_ones_give_way(start_with:
             client.stay()
             share = (cpu_seconds(backend.pid) - used) / (time.monotonic() - began)
             assert share < 0.7, f"{share:.0%} of a CPU"  # the client's own requests take a third
-            gone = [is_answered(connection) for connection in idle]
-            assert gone == sorted(gone, reverse=True), "the oldest go first"
+            gone = [is_answered(connection) for connection in reversed(idle)]  # more of the older ones may go meanwhile
+            assert gone == sorted(gone), "the oldest go first"
             assert 150 < sum(gone) < 390
             lines = told(backend, printed)
             assert len(lines) == 1, lines
             assert "connections" in lines[0]
             assert refusals(backend.url)["connection_limit"] >= sum(gone)
-        wait_until(lambda: len(told(backend, printed)) == 2, 10, "a line that says it is over")
+        wait_until(lambda: len(told(backend, printed)) == 2, SECONDS, "a line that says it is over")
         client.stay(10)
     assert len(told(backend, printed)) == 2, backend.printed[printed:]
 
@@ -682,7 +687,7 @@ def test_while_idle_connections_fill_the_limit_nothing_is_spun_on(start_with: St
     backend = start_with(before=FEW_DESCRIPTORS)
     with ExitStack() as stack:
         for _ in range(300):
-            stack.enter_context(connect(backend.url, seconds=5))
+            stack.enter_context(connect(backend.url))
         assert exchange(backend.url, ASKED["readyz"])[0].status == 200
         used, began = cpu_seconds(backend.pid), time.monotonic()
         wait_until(lambda: time.monotonic() - began > 2, what="two seconds")
@@ -700,11 +705,11 @@ def test_a_stopped_worker_does_not_keep_the_others_alive_after_sigterm(start_bac
     began = time.monotonic()
     try:
         backend.kill(signal.SIGTERM)
-        backend.process.wait(10)
+        backend.process.wait(SECONDS)
     finally:
         for pid in workers:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-    assert time.monotonic() - began < 8  # 5 s, and what a busy machine needs
+    assert time.monotonic() - began < 20  # 5 s, and what a busy machine needs
     assert not any(map(is_running, workers))
     assert any(str(workers[0]) in line and "kill" in line for line in backend.printed.splitlines()), backend.printed

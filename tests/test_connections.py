@@ -74,7 +74,7 @@ def test_who_pipelines_and_reads_no_answer_holds_up_nobody_else(backend: Backend
         assert connection.recv(1, socket.MSG_PEEK)
         for n in range(20):
             body = {"json": {"log": f"192.0.2.2 GET /{n} 200"}} if n % 2 else {"data": large}
-            answer = requests.post(backend.data_url, **body, headers=None if n % 2 else PLAIN, timeout=10)
+            answer = requests.post(backend.data_url, **body, headers=None if n % 2 else PLAIN, timeout=SECONDS)
             assert answer.status_code == 201
         behind = sum(record["log"]["uri"] == "/behind" for record in backend.records())
         assert behind == 0 or batches == 1  # nothing more is read from it, but what came along with the batch is served

@@ -52,6 +52,8 @@ class CuttingSocket:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        """A close alone leaves the thread in accept(): restarted by a stop signal, that has the next path's socket."""
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:
@@ -302,7 +304,7 @@ def storing_session(connection: psycopg.Connection[Any]) -> int:
 def test_a_statement_that_is_cancelled_is_a_503_and_no_outage(
     start_backend: StartBackend, tmp_path: Path, by: str
 ) -> None:
-    backend = start_backend(script=backend_with(tmp_path, STATEMENT_SECONDS=1.0 if by == "the backend" else 8.0))
+    backend = start_backend(script=backend_with(tmp_path, STATEMENT_SECONDS=2.0 if by == "the backend" else 8.0))
     assert post(backend, new_item()).status_code == 201
     with (
         psycopg.connect(backend.database_url) as holder,
@@ -406,9 +408,9 @@ def test_an_attempt_to_connect_that_timed_out_is_over(monkeypatch: pytest.Monkey
             with suppress(psycopg.errors.ConnectionTimeout):
                 service.open_connection(psycopg.Connection, {"host": host, "port": port})
             connection, _ = frozen.accept()
-            connection.settimeout(5)
+            connection.settimeout(SECONDS)
             with connection:
-                assert connection.recv(8)  # what it had said until then
-                assert connection.recv(8) == b""
+                while connection.recv(8):  # what it had said until then; without an end this times out
+                    pass
     finally:
         gc.enable()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import psycopg
 import pytest
@@ -266,18 +267,22 @@ def test_writers_go_on_while_a_migration_waits_for_a_long_reader(
     older: Callable[[int], str], catalog: list[tuple[Any, ...]]
 ) -> None:
     url = older(LIMITING_CREATED)
+    options = "-c statement_timeout=30s -c idle_session_timeout=0 -c idle_in_transaction_session_timeout=0"
+    own = f"{url}&{urlencode({'options': options}, quote_via=quote)}"  # for this test
     for limit in ("statement_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"):
-        query(url, f"ALTER DATABASE {url.split('/')[3].split('?')[0]} SET {limit} = '500ms'")  # not for a migration
-    own = "-c statement_timeout=10s -c idle_session_timeout=0 -c idle_in_transaction_session_timeout=0"
-    with psycopg.connect(url, options=own) as backup, psycopg.connect(url, autocommit=True, options=own) as writer:
+        query(own, f"ALTER DATABASE {url.split('/')[3].split('?')[0]} SET {limit} = '1s'")  # not for a migration
+    with psycopg.connect(own) as backup, psycopg.connect(own, autocommit=True) as writer:
         backup.execute("LOCK TABLE logs IN ACCESS SHARE MODE")
         process = begin("migrate", url)
-        for _ in range(3):
-            blocked(url)
+        blocked(own)
+        began, rounds = time.monotonic(), 0
+        while rounds < 3 or time.monotonic() - began < 1.5:
+            blocked(own)
             writer.execute("SELECT store_logs('{}', '{}', '{}', '{}', '{}')")
             assert process.poll() is None
+            rounds += 1
     finish(process)
-    assert query(url, CATALOG) == catalog
+    assert query(own, CATALOG) == catalog
 
 
 def test_rows_with_an_absurd_created_stop_the_migration_that_names_them_until_they_are_mended(

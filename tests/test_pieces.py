@@ -244,7 +244,7 @@ def test_the_beginning_of_a_line_without_an_end_is_refused(
     write(source, engine(combined("/before")), engine(combined("/begun", LONG))[:2], engine(combined("/err"), "stderr"))
     with source.open() as file:
         service = start("client.py", stdin=file.fileno(), URL=fake.data_url, LOG_FILE=journal, SOURCE="-")
-        assert service.process.wait(20) == 0
+        assert service.process.wait(60) == 0
     assert stored(fake) == ["192.0.2.1 GET /before 200", "192.0.2.1 GET /err 200"]
     [note] = [json.loads(line) for line in Path(f"{journal}.rejected").read_text().splitlines()]
     length = re.search(r"the first (\d+) bytes of a line whose end never came", note["log"])

@@ -577,6 +577,32 @@ def test_a_pattern_does_not_follow_a_journal_that_is_named_like_a_rotated_one(ho
     assert host.journalled == some_lines(5)
 
 
+def test_a_pattern_follows_neighbours_whose_names_end_in_a_number(host_of: Callable[..., Host]) -> None:
+    host = host_of("*")
+    lines = []
+    for name in ("worker", "worker-2", "worker_1", "worker-3.example.com"):
+        host.write([f"192.0.2.1 GET /{name} 200"], host.folder / name)
+        lines.append(f"192.0.2.1 GET /{name} 200")
+    host.settle()
+    assert sorted(host.journalled) == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "is_part"),
+    [
+        *[(f"worker{end}", "worker", True) for end in (".1", "-20261125", "-2026-11-25", "_20261125_12", "-old")],
+        *[(f"worker{end}", "worker", True) for end in (".2026-11-25", "-1764054000", ".1.gz", "-20261125-12.gz")],
+        *[(f"worker{end}", "worker", False) for end in ("-2", "_1", "-2.1", "-01.example.com", "-2026", "-2-20261125")],
+        ("worker-2.1", "worker-2", True),
+        ("worker-2-20261125", "worker-2", True),
+        ("access.log-1", "access.log", True),
+    ],
+)
+def test_a_number_behind_a_name_is_a_rotations_where_it_cannot_be_a_name(name: str, base: str, is_part: bool) -> None:
+    path, of = f"/logs/{name}", f"/logs/{base}"
+    assert (client.suffix_of(path, of) is not None) is (of in client.bases_of(path)) is is_part
+
+
 def test_a_journal_whose_name_a_source_begins_with_is_none_of_it(tmp_path: Path) -> None:
     journal = client.open_journal(str(tmp_path / "access"))
     for name in ("access", "access.journal", "access.source.new", "access.rejected.3"):

@@ -14,6 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psycopg
@@ -409,12 +410,16 @@ def test_a_reply_is_of_one_snapshot(url: str, connection: Connection) -> None:
            (SELECT count(*) FROM logs), counted_to_v1()::text
     """
 
+    looks = 0
+
     def change() -> None:
         for step in range(300):
             count_step(connection, 37)
             delete_step(connection, 10 * MINUTE, rows=5)
             if step % 100 == 99:
                 connection.execute("DELETE FROM logs WHERE FALSE")
+            if step % 20 == 0:  # however slow the reader is, it sees this
+                wait_until(lambda enough=looks + 2: looks >= enough, SECONDS, "a look", poll=0.001)  # type: ignore[misc]
 
     seen = set()
     with psycopg.connect(url, autocommit=True) as reader, ThreadPoolExecutor(1) as pool:
@@ -423,6 +428,7 @@ def test_a_reply_is_of_one_snapshot(url: str, connection: Connection) -> None:
             [(counted, there, counted_to)] = reader.execute(look.encode()).fetchall()
             assert counted == there
             seen.add((there, counted_to))
+            looks += 1
         changing.result()
     assert len(seen) > 10
 
@@ -448,7 +454,8 @@ def test_a_step_costs_what_it_counts_however_much_was_counted_before(url: str, c
             [(plans,)] = connection.execute(explain).fetchall()
             costs.append(plans[0]["Plan"]["Shared Hit Blocks"] + plans[0]["Plan"]["Shared Read Blocks"])
     assert len(costs) == 100
-    assert max(costs[-10:]) <= 1.3 * max(costs[20:30])  # before that the index has one page
+    # Before that the index has one page. A single step may also read anew what the session knew of the schema.
+    assert median(costs[-10:]) <= 1.3 * median(costs[20:30])
 
 
 # ---- What changes the past ------------------------------------------------------------------------------------------
@@ -587,36 +594,36 @@ def test_counting_retention_and_changes_by_hand_wait_in_no_circle(url: str) -> N
     """PostgreSQL would end one of them, as a deadlock."""
     moments = some_moments(2000, 30, random.Random(1))
     done = threading.Event()
+    steps: list[Callable[[Connection], object]] = [
+        lambda connection: count_step(connection, 100),
+        lambda connection: delete_step(connection, 10 * MINUTE, rows=10),
+        lambda connection: connection.execute("DELETE FROM logs WHERE uri = '/a?<1>'"),
+    ]
+    turns = [0] * len(steps)
 
-    def again_and_again(step: Callable[[Connection], object]) -> int:
+    def again_and_again(number: int) -> None:
         with psycopg.connect(url, autocommit=True) as connection:
-            turns = 0
             while not done.is_set():
-                step(connection)
-                turns += 1
-            return turns
+                steps[number](connection)
+                turns[number] += 1
 
     def empty_and_fill() -> None:
         with psycopg.connect(url, autocommit=True) as connection:
-            for _ in range(10):
-                connection.execute("TRUNCATE logs")
-                put(url, moments, random.Random(2))
-                connection.execute("DELETE FROM logs WHERE status_code = 404")
-        done.set()
+            connection.execute("TRUNCATE logs")
+            put(url, moments, random.Random(2))
+            connection.execute("DELETE FROM logs WHERE status_code = 404")
 
     with ThreadPoolExecutor() as pool:
-        others = [
-            pool.submit(again_and_again, lambda connection: count_step(connection, 100)),
-            pool.submit(again_and_again, lambda connection: delete_step(connection, 10 * MINUTE, rows=10)),
-            pool.submit(
-                again_and_again, lambda connection: connection.execute("DELETE FROM logs WHERE uri = '/a?<1>'")
-            ),
-        ]
-        try:
-            empty_and_fill()
+        others = [pool.submit(again_and_again, number) for number in range(len(steps))]
+        rounds = 0
+        try:  # until each of them has met the others, however slow it is
+            while rounds < 10 or (min(turns) <= 10 and not any(one.done() for one in others)):
+                empty_and_fill()
+                rounds += 1
         finally:
             done.set()
-        assert all(one.result() > 10 for one in others)
+        for one in others:
+            one.result()
     with psycopg.connect(url, autocommit=True) as connection:
         while count_step(connection):
             pass
@@ -643,16 +650,16 @@ def test_killed_while_it_counts_it_goes_on_where_it_was(
     put(url, some_moments(20_000, 600, random.Random(1)), random.Random(2))
     counted = "SELECT coalesce(sum(count), 0)::bigint FROM minutes"
     others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    script = backend_with(tmp_path, COUNTING_STEP_ROWS=100)
-    killed_at = []
-    for wanted in (1, 4_000, 8_000):
+    script = backend_with(tmp_path, COUNTING_STEP_ROWS=20)  # of 1,000 steps most are left, should the kill come late
+    killed_at = [0]
+    for _ in range(3):
         backend = start_backend(script=script, DATABASE_URL=url)
-        wait_until(lambda wanted=wanted: query(connection, counted) >= wanted, SECONDS, "some counts", poll=0.001)  # type: ignore[misc]
+        wait_until(lambda: query(connection, counted) >= killed_at[-1] + 200, SECONDS, "some counts", poll=0.001)
         kill(backend)
         wait_until(lambda: query(connection, others) == 0, SECONDS, "the end of its sessions")
         killed_at.append(query(connection, counted))
         assert_true_counts(connection, killed_at[-1])
-    assert 0 < killed_at[0] < killed_at[1] < killed_at[2] < 20_000
+    assert killed_at[-1] < 20_000
     start_backend(script=backend_with(tmp_path), DATABASE_URL=url)
     wait_until(lambda: query(connection, counted) == 20_000, SECONDS, "the rest")
     assert_true_counts(connection, 20_000)
@@ -680,13 +687,13 @@ def test_beside_an_inserter_counting_and_retention_all_is_exact(
     )
     both = [start_backend(script=script, DATABASE_URL=url, RETENTION_DAYS=1) for _ in range(2)]
     done = threading.Event()
+    inserted = 0
 
-    def insert() -> int:
-        number = 0
+    def insert() -> None:
+        nonlocal inserted
         while not done.is_set():
-            post_lines(both[number % 2], some_lines(20, tag=f"t{number}"))
-            number += 1
-        return number
+            post_lines(both[inserted % 2], some_lines(20, tag=f"t{inserted}"))
+            inserted += 1
 
     dice = random.Random(1)
     exact = overtaken = 0
@@ -694,11 +701,12 @@ def test_beside_an_inserter_counting_and_retention_all_is_exact(
         inserting = pool.submit(insert)
         try:
             wait_until(lambda: query(connection, "SELECT kept_from_v1()") is not None, SECONDS, "the first deletion")
-            while exact < 40:
+            while exact < 40 or (inserted <= 10 and not inserting.done()):
                 moments = [row[0] for row in connection.execute("SELECT created FROM logs ORDER BY created").fetchall()]
                 window = a_window(moments, dice)
                 window["date_to"] = min(window["date_to"], moments[-1])
-                window["date_from"] = min(max(window["date_from"], moments[5]), window["date_to"])
+                oldest = moments[min(5 + 10 * overtaken, len(moments) // 2)]  # of 1.5 s, the slower the younger
+                window["date_from"] = min(max(window["date_from"], oldest), window["date_to"])
                 try:
                     assert_exact(dice.choice(both), window)
                     exact += 1
@@ -706,10 +714,10 @@ def test_beside_an_inserter_counting_and_retention_all_is_exact(
                     if '"status": 410' not in str(error):
                         raise
                     overtaken += 1
-                    assert overtaken < 40
+                    assert overtaken < 400
         finally:
             done.set()
-        assert inserting.result() > 10
+        inserting.result()
     assert query(connection, "SELECT count(*) FROM minutes") > 0
     assert query(connection, "SELECT count(*) FROM minutes WHERE minute < minute_of(kept_from_v1())") == 0
     assert connection.execute(DIFFERENCES.encode()).fetchall() == []

@@ -239,6 +239,8 @@ class LossyPath:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
+        """A close alone leaves the thread in accept(): restarted by a stop signal, that has the next path's socket."""
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:
