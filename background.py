@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import islice, pairwise, zip_longest
+from itertools import islice, pairwise
 from operator import lt
 from typing import Annotated, Any, NamedTuple, get_type_hints
 from urllib.parse import urlsplit
@@ -76,7 +76,15 @@ USER_SPACE = re.compile(r"fuse(\..*)?|fuseblk|virtiofs")  # the same files by an
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
 
-Url = Annotated[str, r"https?://[^\s/?#@]+(/[^\s?#]*)?", "like http://host/path"]
+def is_url(text: str) -> bool:
+    try:
+        host = (urlsplit(text).hostname or "").encode("idna")
+        return bool(host and re.fullmatch(r'https?://[^\s/?#@]+(/[!"$->@-~]*)?', text)) and urlsplit(text).port != 0
+    except ValueError:  # its port, brackets, or a part of the host that is too long
+        return False
+
+
+Url = Annotated[str, is_url, "like http://host/path"]
 FileName = Annotated[str, r"(?!\.{1,2}$)[^/\0]{1,200}", "a name of at most 200 characters without /"]
 FilePath = Annotated[str, r"[^\0]*[^/\0]", "the path of a file"]
 LogFormat = Annotated[str, "text|json", "text or json"]
@@ -117,7 +125,7 @@ class Setting(NamedTuple):
 
     name: str  # of the variable
     kind: type
-    rule: range | str
+    rule: range | str | Callable[[str], bool]
     allowed: str
     meaning: str
     default: Any
@@ -130,7 +138,7 @@ class Setting(NamedTuple):
     def is_right(self, text: str) -> bool:
         if isinstance(self.rule, range):
             return bool(re.fullmatch("[0-9]{1,12}", text)) and int(text) in self.rule
-        return bool(re.fullmatch(self.rule, text))
+        return bool(re.fullmatch(self.rule, text)) if isinstance(self.rule, str) else self.rule(text)
 
 
 def settings_table() -> Iterator[Setting]:
@@ -359,10 +367,15 @@ class Unusable(OSError):
     """A file is not what it should be, and a person has to look at it. The message says what and where."""
 
 
-def flock(descriptor: int, path: str) -> None:
-    """Locks a regular file for us alone. Does not wait: raises BlockingIOError, or Unusable."""
+def check_regular(descriptor: int, path: str) -> None:
+    """Raises Unusable."""
     if not os.path.isfile(descriptor):
         raise Unusable(f"{path} is not a regular file; remove it")
+
+
+def flock(descriptor: int, path: str) -> None:
+    """Locks a regular file for us alone. Does not wait: raises BlockingIOError, or Unusable."""
+    check_regular(descriptor, path)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -444,7 +457,7 @@ def find_parts(folder: Folder, file_name: str) -> tuple[list[Part], list[str]]:
     links = {entry.name for entry in entries if entry.is_symlink() and entry.name != file_name}
     names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False) or entry.name == file_name}
     owners = {file_name, *(name.removesuffix(".position") for name in names if name.endswith(".position"))}
-    names -= {f"{owner}{companion}" for owner in owners for companion in COMPANIONS}
+    names -= {f"{owner}{companion}{end}" for owner in owners for companion in COMPANIONS for end in ("", ".gz")}
     ours = {name for name in names if owner_of(name, owners) == file_name}
     unowned = {name for name in names if not owner_of(name, owners)}
     looked_at = {name: look_at(folder, name, name in ours) for name in (*sorted(ours), *sorted(unowned))}
@@ -457,6 +470,15 @@ def find_parts(folder: Folder, file_name: str) -> tuple[list[Part], list[str]]:
             parts.setdefault(part.identity, part)
     passed_over = {name for name in names | links if not looked_at.get(name)} - {file_name}
     return sorted(parts.values(), key=lambda part: (part.first, part.name)), sorted(map(shown, passed_over))
+
+
+def made_by_rotation(folder: Folder, file_name: str) -> dict[str, list[str]]:
+    """Parts with a name that ROTATE_BYTES gives, and the names they have: one that is being compressed has two."""
+    pattern = re.compile(rf"({re.escape(file_name)}\.[0-9]{{8}}T[0-9]{{6}}\.[0-9]{{6}}Z)(\.gz)?")
+    names: dict[str, list[str]] = {}
+    for match in filter(None, map(pattern.fullmatch, os.listdir(folder.descriptor))):
+        names.setdefault(match[1], []).append(match[0])
+    return names
 
 
 def owner_of(name: str, owners: set[str]) -> str:
@@ -637,16 +659,20 @@ class SharedFile:
     def _open(self) -> Record | None:
         position = self.position(self._folder)
         try:
-            self._descriptor = self._folder.open(self._name, os.O_RDWR | os.O_APPEND)
+            self._descriptor = self._open_it()
         except FileNotFoundError:
             self._last = self._begin(position)
+        else:
+            self._last = self._find_last(position)
+        return self._last
+
+    def _open_it(self) -> int:
+        try:
+            return self._folder.open(self._name, os.O_RDWR | os.O_APPEND)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
             raise Unusable(f"{self.path} is a symbolic link, and not followed: put the file itself there") from error
-        else:
-            self._last = self._find_last(position)
-        return self._last
 
     def _find_last(self, position: Position | None) -> Record | None:
         """Of the file that is there. It is mended, and the position says from then on that the last record is in it."""
@@ -658,16 +684,21 @@ class SharedFile:
         while self._size != (size := os.fstat(self._descriptor).st_size):  # it is that of what was read
             end, self._size = last_whole(self._descriptor, self.path, mend=True), size
         self._first = created_of(os.pread(self._descriptor, LINE_BYTES, 0).partition(b"\n")[0] + b"\n") if end else ""
-        if not (position and position.identity == here and end and position.created <= end.created):
+        if not end or not self._is_known(position, here, end):
             parts = self._mended_parts(here)
             if end:
                 self._check_newest(position, end, parts)
+                os.fsync(self._descriptor)  # before the position says so: who wrote it may have been killed before that
             else:
                 end = self._last_before(position, parts, here)
             self._write_position(end, here, self._first)
             self._folder.sync()
         self._looked_at = here
         return end
+
+    def _is_known(self, position: Position | None, here: tuple[int, int], end: Record) -> bool:
+        """Whether the position names the file that is there, and does not go further."""
+        return bool(position and position.identity == here and position.created <= end.created)
 
     def _begin(self, position: Position | None) -> Record | None:
         """Makes the file, which is not there; the last record is that of the position or of a part."""
@@ -715,8 +746,9 @@ class SharedFile:
         return parts
 
     def _check_newest(self, position: Position | None, end: Record, parts: list[Part]) -> None:
-        """Raises Unusable if a part goes further than the file."""
-        for part in [part for part in parts if part.ours and not (part.compressed and part.first <= end.created)]:
+        """Raises Unusable if a part goes further than the file. A compressed one that begins before the file is not
+        read: the file follows on it. One that begins where the file does has the rest of what the file is a copy of."""
+        for part in [part for part in parts if part.ours and not (part.compressed and part.first < self._first)]:
             if (last := self._last_of(part)) and last.created > end.created:
                 raise Unusable(f"{part.path} goes on to {last.created}, {self.path} ends in {end.created}: was one of"
                                " them replaced by a copy? Move the one that is too many out of the folder")  # fmt: skip
@@ -733,7 +765,7 @@ class SharedFile:
                 raise Unusable(f"{named.path} ends in {end.created if end else 'no record'}, and was written up to"
                                f" {position.created}: records were cut off. Put them back; or remove"
                                f" {self.path}.position, and they are written again")  # fmt: skip
-            last = later(last, end)
+            last = later(end, last)  # of the same time the one in the part, which may have been edited
         elif position and position.first and position.identity == here:
             raise Unusable(
                 f"{self.path} was emptied, and no file in its folder has what was in it, up to"
@@ -784,6 +816,7 @@ class SharedFile:
             if mend:
                 flock(descriptor, part.path)
                 mend_after_power_cut(descriptor, part.path)
+                os.fsync(descriptor)  # whoever was killed in a write has not, and the next one goes into another file
             return last_whole(descriptor, part.path, mend)
         finally:
             os.close(descriptor)
@@ -835,6 +868,7 @@ class SharedFile:
 
     def rotate(self) -> None:
         """Renames the file to its first `created`, so that parts sort, and begins a new one."""
+        os.fsync(self._descriptor)  # a killed writer may have left what is in no later write's flush any more
         part = f"{self._name}.{self._first.replace('-', '').replace(':', '')}"
         if self._folder.has(part):
             raise Unusable(f"{os.path.join(self._folder.path, part)} is there already; move it out of the folder")
@@ -850,13 +884,10 @@ class SharedFile:
 
     def _delete_old(self) -> None:
         """KEEP_FILES of the parts that rotation made stay, compressed or not; those of other names are not touched."""
-        made = re.compile(rf"({re.escape(self._name)}\.[0-9]{{8}}T[0-9]{{6}}\.[0-9]{{6}}Z)(\.gz)?")
-        found = [match for match in map(made.fullmatch, os.listdir(self._folder.descriptor)) if match]
-        parts = sorted({match[1] for match in found})  # one that is being compressed has two names
-        old = parts[: -self._keep_files] if self._keep_files else []
-        for match in found:
-            if match[1] in old:
-                self._folder.unlink(match[0])
+        parts = made_by_rotation(self._folder, self._name)
+        for part in sorted(parts)[: -self._keep_files] if self._keep_files else []:
+            for name in parts[part]:
+                self._folder.unlink(name)
 
     # -- the position
 
@@ -865,7 +896,7 @@ class SharedFile:
         try:
             with open(f"{self._name}.position", encoding="utf-8", opener=folder.open) as file:
                 text = json.load(file)  # another OSError than that it is not there does not mean that it is not there
-            just_after(text["created"])
+            datetime.fromisoformat(text["created"])
             known = text.get("record")  # older exporters know its time only
             if not isinstance(known, dict) or known.get("created") != text["created"]:
                 known = {"created": text["created"]}
@@ -873,7 +904,7 @@ class SharedFile:
             record = Record(text["created"], line, f"{self.path}.position") if text["created"] > BEFORE_ALL else None
             named = int(text["device"]), int(text["inode"])
             return Position(record, named, str(text.get("first", "")), "first" in text)
-        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        except (FileNotFoundError, ValueError, OverflowError, TypeError, KeyError, AttributeError):
             return None
 
     def _write_position(self, record: Record | None, named: tuple[int, int], first: str) -> None:
@@ -1037,7 +1068,7 @@ class Source:
                     if last is known:
                         raise
                 except Missing as missing:
-                    if border or missing.kept_from != just_after(missing.record.created):
+                    if border or not missing.kept_from or missing.kept_from != just_after(missing.record.created):
                         raise
                     border = missing.kept_from
                     continue
@@ -1058,7 +1089,11 @@ class Source:
                 answer = refused(response) if response.status not in (200, 201) else json.load(response)
         if isinstance(answer, Refused):
             raise answer
-        if answer["rejected"] or answer["accepted"] + answer["duplicates"] != len(items):
+        try:
+            complete = not answer["rejected"] and answer["accepted"] + answer["duplicates"] == len(items)
+        except (TypeError, KeyError):  # a proxy's page, say
+            complete = False
+        if not complete:
             raise ValueError(f"the backend did not take all records: {json.dumps(answer)[:500]}")
 
     def ask_for_one(self) -> None:
@@ -1177,10 +1212,10 @@ class Exporter:
             Outage("shared file", "cannot be written"),
         )
         self._waiting: deque[bytes] = deque()  # portions
-        self._in_file: Record | None = None  # the last one that is known to be in the file
+        self._in_file = self._hint()  # the last one that is known to be in the file
         self._looked = False  # whether it is known
         self._folder: tuple[int, int] | None = None  # the one of the last turn: device and inode
-        self._begin_after(self._hint())
+        self._begin_after(self._in_file)
 
     @property
     def written(self) -> int:
@@ -1214,6 +1249,8 @@ class Exporter:
     def lag_seconds(self) -> float | None:
         """How far the file is behind the database's newest record; None while that is not known."""
         newest, last = self._source.newest, self._in_file
+        if not last and (waiting := tuple(self._waiting)):  # the file has nothing yet, and lacks all that waits
+            last = Record(created_of(waiting[0][: waiting[0].find(b"\n") + 1]), b"")
         if not newest or not last:
             return None
         return max(0.0, (datetime.fromisoformat(newest) - datetime.fromisoformat(last.created)).total_seconds())
@@ -1416,12 +1453,16 @@ def verify(settings: Settings, date_from: str = EPOCH, date_to: str = "") -> int
             parts, passed_over = find_parts(folder, settings.file_name)
             for name in passed_over:
                 print(f"passed over, as it is no part of {settings.file_name}: {name}")
-            if settings.keep_files and parts and date_from < parts[0].first:
+            deleted = 0 < settings.keep_files <= len(made_by_rotation(folder, settings.file_name))  # else it kept all
+            if deleted and date_from < parts[0].first:
                 date_from = parts[0].first
                 print(f"compared from {date_from} on: older parts are deleted, as KEEP_FILES is {settings.keep_files}")
             in_database = stored_lines(source, date_from, date_to)
             in_file = shared_lines(folder, parts, lambda: max(date_from, source.kept_from), date_to)
-            for stored, shared in zip_longest(in_database, in_file, fillvalue=b""):
+            while any(pair := (next(in_database), next(in_file, b""))):
+                stored, shared = pair
+                if shared and not stored:
+                    stored = next(in_database)  # what an exporter has written since the database was asked is in it now
                 if not stored or not shared or not matches(shared, stored):
                     raise Difference(f"after {count} equal records {describe(stored, shared)}")
                 count += 1
@@ -1447,16 +1488,22 @@ def describe(stored: bytes, shared: bytes) -> str:
 
 
 def stored_lines(source: Source, date_from: str, date_to: str) -> Iterator[bytes]:
-    for lines in iter(source.follow(None, date_from, date_to).__next__, b""):
-        yield from lines.splitlines(keepends=True)
+    """For ever; b"" when there are none now."""
+    for lines in source.follow(None, date_from, date_to):
+        yield from lines.splitlines(keepends=True) or (b"",)
 
 
 def shared_lines(folder: Folder, parts: list[Part], date_from: Callable[[], str], date_to: str) -> Iterator[bytes]:
-    """The lines of the shared file and its renamed parts, in order. Raises Difference for one that cannot be there."""
+    """The lines of the shared file and its renamed parts, in order. Raises Difference for one that cannot be there.
+
+    Half a record at the very end is none: an exporter is writing it, or was killed, and the next one cuts it off.
+    """
     last, last_path = "", ""
     for part in parts:
         for number, line in enumerate(lines_of(folder, part), 1):
             created = created_of(line)
+            if part is parts[-1] and not line.endswith(b"\n") and RECORD_START.startswith(line[: len(RECORD_START)]):
+                return
             if created <= last:
                 before = "" if last_path == part.path else f" in {last_path}"
                 raise Difference(
@@ -1491,7 +1538,7 @@ class ReconciledFile(SharedFile):
         """All parts in order; the last one ends in a whole record. Raises Unusable unless each begins after the end of
         the one before, and the file itself is the last: a copy that lies in the folder must not be cut in its place."""
         self._folder = folder
-        for part in self._parts()[-1:]:
+        for part in [part for part in self._parts()[-1:] if part.ours]:
             self._last_of(part, mend=True)
         parts = self._parts()
         for part, following in pairwise(parts):
@@ -1560,6 +1607,11 @@ def reconcile(settings: Settings, dry_run: bool, agreed: bool) -> int:
     turn, file = Turn(settings.directory, settings.file_name), ReconciledFile(settings.directory, settings.file_name)
     deadline = time.monotonic() + TURN_SECONDS
     try:
+        check_file_system(settings.directory)  # exporters where it is local would not see the lock
+    except OSError as error:
+        print(f"cannot reconcile: DIRECTORY {settings.directory} cannot be used: {error}")
+        return 1
+    try:
         while True:
             with turn.taken() as folder:
                 if folder:
@@ -1583,7 +1635,8 @@ def reconcile_in(folder: Folder, settings: Settings, file: ReconciledFile, agree
     count = sum(1 for line in lines_behind(folder, common) if as_sent(line))  # what cannot be sent ends it here
     last = last_record(b"".join(deque(lines_behind(folder, common), 1)) or common.record.line)
     if not file.was_cut(last) and not count:
-        print(f"nothing to do: {common.part.path} ends in {name_of(common.record.line)}, which the database has")
+        print(f"nothing to do: {common.part.path} ends in {name_of(common.record.line)}, which the database has, as it"
+              " has those right before it; background.py verify looks at all of them")  # fmt: skip
         return 0
     names = ", ".join(part.path for part in (*reversed(common.behind), common.part))
     print(f"{name_of(common.record.line)} in {common.part.path} is the last one that file and database have in common.")
@@ -1812,16 +1865,32 @@ class UntouchedFile(SharedFile):
     """As it stands, without the turn: nothing is mended."""
 
     def last(self, folder: Folder) -> Record | None:
-        """Raises Unusable, OSError."""
+        """What the next record has to follow on. Raises Unusable, OSError for what an exporter would not go on from.
+
+        Exporters may be at work: the position is read first and the file is opened next, so that it is not behind, and
+        a file that has come to its name since then is no part that goes further.
+        """
         self._folder = folder
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(folder.open(self._name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file,
-        ):
-            if last := last_whole(file.fileno(), self.path, mend=False):
-                return last
-        position, parts = self.position(folder), [part for part in self._parts() if part.name != self._name]
-        return later(self._last_of(parts[-1]) if parts else None, position.record if position else None)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(folder.stat(f"{self._name}.lock").st_mode):
+                raise Unusable(f"{self.path}.lock is no lock file of ours; remove it")
+        position = self.position(folder)
+        try:
+            with open(self._open_it(), "rb") as file:
+                check_regular(file.fileno(), self.path)
+                here, end = identity(os.fstat(file.fileno())), last_whole(file.fileno(), self.path, mend=False)
+                self._first = created_of(file.readline(LINE_BYTES))
+        except FileNotFoundError:
+            return self._last_before(position, self._parts(), None)
+        parts = [part for part in self._parts() if part.identity != here and part.name != self._name]
+        if not end:
+            return self._last_before(position, parts, here)
+        if not self._is_known(position, here, end):
+            self._check_newest(position, end, parts)
+        return end
+
+    def _last_of(self, part: Part, mend: bool = False) -> Record | None:
+        return super()._last_of(part)
 
 
 class Failed(Exception):

@@ -466,6 +466,7 @@ def kill_after(backend: Backend | FakeBackend, export: StartExporter, file: Path
         b"[1]",
         b'{"created": 5, "device": "x", "inode": null}',
         b"stale",
+        b'{"created": "9999-12-31T23:59:59.999999Z", "device": 1, "inode": Infinity}',
         b'{"created": "2026-01-01T00:00:00.000001Z", "device": 1, "inode": 2, "first": 3, "record": [4]}',
     ],
     ids=lambda content: "missing" if content is None else repr(content)[:20],

@@ -70,6 +70,20 @@ def test_a_network_file_system_is_refused_in_one_line_that_says_why(
     assert list(shared.parent.iterdir()) == []
 
 
+def test_a_reconcile_on_a_network_file_system_is_refused(
+    fake: FakeBackend, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the exporters' own machine the folder is local, and their locks do not hold here."""
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"28 27 0:9 / {shared.parent} rw - nfs4 a rw\n")
+    monkeypatch.setattr(background, "MOUNTS", str(mounts))
+    settings = background.Settings(url=fake.data_url, directory=str(shared.parent))
+    assert background.reconcile(settings, dry_run=False, agreed=True) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"cannot reconcile: DIRECTORY {shared.parent} cannot be used: it is on nfs4, a network")
+    assert (list(shared.parent.iterdir()), fake.requests) == ([], [])
+
+
 @pytest.mark.parametrize("kind", ["fuse.bindfs", "fuse", "virtiofs"])
 def test_a_file_system_in_user_space_is_warned_about_and_used(
     export: Callable[[str], Service], fake: FakeBackend, shared: Path, kind: str

@@ -306,6 +306,35 @@ def test_a_check_of_the_exporter_says_which_folder_or_file_is_wrong(
     assert contents(tmp_path) == before
 
 
+def test_a_check_of_the_exporter_finds_what_its_start_would_not_go_on_from(
+    fake: FakeBackend, start: Callable[..., Service], shared: Path, check: Callable[..., tuple[int, str]]
+) -> None:
+    fake.add(some_lines(20))
+    exporter = start("background.py", URL=fake.data_url, DIRECTORY=shared.parent, REQUEST_DELAY=20)
+    wait_until(lambda: count_lines(shared) == 20, what="the records")
+    assert exporter.end() == 0
+    whole, part = shared.read_bytes(), shared.with_name("data.txt.1")
+
+    def found() -> str:
+        before = contents(shared.parent)
+        [line] = failures(check("background", URL=fake.data_url, DIRECTORY=shared.parent))
+        assert contents(shared.parent) == before
+        return line.removeprefix("FAILED  last record: data.txt: ")
+
+    shared.write_bytes(b"")
+    assert found().startswith(f"{shared} was emptied")
+    part.write_bytes(whole)
+    shared.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
+    assert found().startswith(f"{part} goes on to ")
+    part.unlink()
+    shared.rename(part)
+    shared.symlink_to(part)
+    assert found() == f"{shared} is a symbolic link, and not followed: put the file itself there"
+    part.replace(shared)
+    shared.with_name("data.txt.lock").symlink_to("elsewhere")
+    assert found() == f"{shared}.lock is no lock file of ours; remove it"
+
+
 def test_a_check_of_the_exporter_refuses_a_network_file_system(
     fake: FakeBackend, tmp_path: Path, check: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

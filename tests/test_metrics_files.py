@@ -220,6 +220,27 @@ def test_the_exporter_counts_what_it_writes_and_its_lag(
     assert read_metrics(metrics_file).items() >= {**written, "up": 0}.items()
 
 
+def test_an_exporter_that_cannot_write_does_not_call_the_file_up_to_date(
+    run: Callable[..., Service], fake: FakeBackend, metrics_file: Path, tmp_path: Path
+) -> None:
+    """Neither one that has never had anything to say of the file, nor a new one beside a file that others wrote."""
+    file, hours = tmp_path / "shared/data.txt", 5 * 3600
+    newest = "2026-01-01T05:00:00.000000Z"
+    fake.answer = lambda request: Reply(200, fake.ndjson(request), NDJSON, {"Newest": newest})
+    fake.add(some_lines(10))
+    file.mkdir(parents=True)
+    exporter = run("background")
+    wait_for_metrics(metrics_file, up=1)
+    wait_until(lambda: read_metrics(metrics_file)["lag_seconds"] > hours - 1, what="the lag of an empty file")
+    file.rmdir()
+    wait_for_metrics(metrics_file, records_written_total=10)
+    assert exporter.end() == 0
+    with held(file.with_name("data.txt.lock")):
+        run("background")
+        wait_for_metrics(metrics_file, up=1)
+        wait_until(lambda: read_metrics(metrics_file)["lag_seconds"] > hours - 1, what="the lag of a file of others")
+
+
 def test_the_exporter_counts_turns_that_others_had_and_says_what_waits(
     run: Callable[..., Service], fake: FakeBackend, metrics_file: Path, tmp_path: Path
 ) -> None:

@@ -204,6 +204,41 @@ def test_after_any_power_cut_parts_and_file_hold_each_record_once(
     print(cuts, len(parts), len(fake.stored))
 
 
+@pytest.mark.parametrize("rotated", ["by itself", "by hand", "by hand, and a position that is lost"])
+def test_what_a_killed_exporter_had_not_flushed_is_not_lost_in_a_part(
+    disk: Disk, fake: FakeBackend, rotated: str
+) -> None:
+    """Else a power cut may take it from a part, when the file and the position have gone on."""
+    size = 4000 if rotated == "by itself" else 0
+    settings = background.Settings(url=fake.data_url, directory=str(disk.folder), request_delay=1, rotate_bytes=size)
+    file = disk.folder / "data.txt"
+    for number in range(6):
+        export_more(fake, settings, f"a{number}")
+        disk.only, disk.steps_left = "fsync", 1  # of what it has just written
+        with pytest.raises(PowerCut):
+            export_more(fake, settings, f"b{number}")
+        disk.only, disk.steps_left, disk.off = "", -1, False  # it was a kill; the disk goes on
+        if rotated != "by itself":
+            rotate(disk)
+        if "lost" in rotated:
+            (disk.folder / "data.txt.position").unlink()
+        export_more(fake, settings, f"c{number}")
+        disk.after_the_cut()
+    export_more(fake, settings, "last")
+    parts = sorted(
+        (path for path in disk.folder.glob("data.txt.[0-9]*") if path.stat().st_size),
+        key=lambda path: path.read_bytes().partition(b"\n")[0],
+    )
+    assert len(parts) >= 6
+    assert read_records(*parts, file) == fake.records()
+
+
+def export_more(fake: FakeBackend, settings: background.Settings, tag: str) -> None:
+    fake.add(some_lines(30, tag))
+    last, file = fake.records()[-1]["id"].encode(), Path(settings.directory, settings.file_name)
+    run(background.Exporter(settings), lambda: file.exists() and last in file.read_bytes())
+
+
 def parts_of(disk: Disk) -> list[Path]:
     return [path for path in disk.folder.iterdir() if path.name[9:].isdigit() and path.stat().st_size]
 

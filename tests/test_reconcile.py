@@ -224,7 +224,7 @@ def lost_in_three_parts(fake: FakeBackend, export: Callable[..., Service], share
     return files
 
 
-@pytest.mark.parametrize("kind", ["refused", "conflict", "away", "half"])
+@pytest.mark.parametrize("kind", ["refused", "conflict", "away", "half", "a page", "a list"])
 def test_unless_every_line_is_stored_nothing_is_cut(
     reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path, kind: str
 ) -> None:
@@ -240,6 +240,8 @@ def test_unless_every_line_is_stored_nothing_is_cut(
             "conflict": Reply(201, json.dumps(counts).encode()),
             "away": None,
             "half": Reply(201, json.dumps(counts | {"rejected": []}).encode()),
+            "a page": Reply(200, b'{"status": "ok"}'),
+            "a list": Reply(200, b"[]"),
         }[kind]
 
     fake.answer = answer
@@ -293,6 +295,33 @@ def assert_refused(done: subprocess.CompletedProcess[str], wanted: str) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.splitlines()[-1].startswith("cannot reconcile")
     assert wanted in done.stdout.splitlines()[-1]
+
+
+def test_what_was_cut_may_be_compressed_and_is_no_part(
+    reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    files = lost_in_three_parts(fake, export, shared)
+    assert reconcile(fake.data_url, "--yes").returncode == 0
+    cut = shared.with_name("data.txt.cut")
+    cut.with_name("data.txt.cut.gz").write_bytes(gzip.compress(cut.read_bytes()))
+    cut.unlink()
+    done = reconcile(fake.data_url, "--yes")
+    assert (done.returncode, done.stdout[:13]) == (0, "nothing to do"), done.stdout
+    exporter = export(fake.data_url)
+    wait_until(lambda: last_id(shared) == fake.records()[-1]["id"], what="the records")
+    assert exporter.end() == 0
+    assert [record["id"] for record in read_records(files[0], files[1], shared)] == list(fake.stored)
+
+
+def test_a_copy_that_is_being_made_is_not_mended(
+    reconcile: Reconcile, fake: FakeBackend, export: Callable[..., Service], shared: Path
+) -> None:
+    lost_in_three_parts(fake, export, shared)
+    half = shared.read_bytes()[:-20]
+    copy = shared.with_name("the copy")
+    copy.write_bytes(half)
+    assert_refused(reconcile(fake.data_url, "--yes"), str(copy))
+    assert copy.read_bytes() == half
 
 
 @pytest.mark.parametrize("name", ["data.txt.bak", "a copy", "data.txt.3"])

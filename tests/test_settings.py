@@ -71,7 +71,7 @@ WRONG = {
         "API_TOKEN": ["hidden token"],
     },
     "background": {
-        "URL": ["ftp://localhost/", "/api/data"],
+        "URL": ["ftp://localhost/", "/api/data", "http://[::1/", "http://h:abc/", "http://h:99999/"],
         "FILE_NAME": ["a/b", "..", "x" * 300],
         "REQUEST_DELAY": ["0", "-1", "1.5", "10000000"],
         "ROTATE_BYTES": ["-1", "1MB", "1000000000000"],

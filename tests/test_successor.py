@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -326,6 +327,32 @@ def test_an_old_copy_in_place_of_the_file_is_told_while_the_part_has_more(
     assert_nothing_is_appended(fake, shared, copy)
     shared.unlink()
     exported(fake.records(), part, shared)
+
+
+def test_an_old_copy_of_what_is_compressed_by_now_is_told_too(
+    fake: FakeBackend, export: Callable[..., Service], shared: Path, tmp_path: Path
+) -> None:
+    fake.add(some_lines(30))
+    assert export_and_end(fake, export, shared) == 0
+    copy = shared.read_bytes()
+    fake.add(some_lines(30, "more"))
+    assert export_and_end(fake, export, shared) == 0
+    part = shared.rename(shared.with_name("data.txt.1"))
+    fake.add(some_lines(10, "last"))
+    assert export_and_end(fake, export, part, shared) == 0
+    compressed = shared.with_name("data.txt.1.gz")
+    compressed.write_bytes(gzip.compress(part.read_bytes()))
+    part.rename(tmp_path / part.name)
+    newest = shared.read_bytes()
+    shared.write_bytes(copy)
+    fake.add(some_lines(10, "new"))
+    exporter = export(fake.data_url)
+    exporter.wait_for_line("shared file cannot be written: .*data.txt.1.gz goes on to .*replaced by a copy")
+    assert_nothing_is_appended(fake, shared, copy)
+    restored = tmp_path / "restored"
+    restored.write_bytes(newest)
+    restored.replace(shared)
+    exported(fake.records(), tmp_path / part.name, shared)
 
 
 def test_the_folders_volume_may_be_away_and_come_back_under_a_running_exporter(
