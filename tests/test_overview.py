@@ -190,9 +190,9 @@ def test_a_machine_that_slept_in_mid_request_asks_again_soon(browser: Browser, s
             route.continue_()
 
         tab.page.route("**/api/stats?*", sleep_once)
-        page = open_page(tab, shared, ip="192.0.2.16")
+        page = open_page(tab, shared, ip="192.0.2.199")
         assert len(slept) == 1
-        post_lines(shared, lines_of("192.0.2.16", "GET /after 200"))
+        post_lines(shared, lines_of("192.0.2.199", "GET /after 200"))
         for _ in range(20):  # ten minutes
             hurry(page)
             page.wait_for_timeout(100)
