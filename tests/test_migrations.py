@@ -35,6 +35,9 @@ SELECT 'index', relname, pg_get_indexdef(indexrelid) || indisvalid::text || indi
  UNION ALL
 SELECT 'function', proname, pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'public'::regnamespace
  UNION ALL
+SELECT 'trigger', tgname, pg_get_triggerdef(oid) || tgenabled::text
+  FROM pg_trigger WHERE tgrelid = to_regclass('logs') AND NOT tgisinternal
+ UNION ALL
 SELECT 'relation', relname, relkind::text
   FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relname !~ '^_?yoyo'
  ORDER BY kind, name, definition
