@@ -1510,28 +1510,11 @@ class Journal:
             return False
         self._update_state()
         self.state = replace(self.state, rotated=self.state.rotated_before)  # who replays it sees that it is gone
-        try:
-            self._save()  # as in a rotation, and with the same effect after a crash
-        except OSError:
-            if not self._is_known_durably():
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{self.path}.position")  # a hint, whose block may be the one that is needed
-                self._save()
+        self._save()  # as in a rotation, and with the same effect after a crash
         log.warning("the disk is full: emptying %s, which is delivered", self.path)
         os.ftruncate(self._file, 0)
         self._begin_part()
         return True
-
-    def _is_known_durably(self) -> bool:
-        """LOG_FILE, of which all is delivered, may be emptied although no block was free to note that.
-
-        After a crash it is shorter than, or as long as, what is noted as delivered: nothing of it is due, and the next
-        start appends under an identity of its own; this one appends nothing before .journal is written. Only two things
-        must be on disk: what is held back would be lost, and what was moved here of a source would be read again.
-        """
-        marks = (mark for files in self.sources.values() for one in files for mark in one.marks)
-        moved = (mark.journal_after for mark in marks if mark.part == self.state.part)
-        return self._durable_held == self.state.held and all(end <= self._durable for end in moved)
 
 
 def new_identity() -> str:

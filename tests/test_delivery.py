@@ -708,45 +708,6 @@ def test_on_a_full_disk_a_part_gives_way_for_what_is_noted_of_a_rotated_source(
     wait_until(lambda: sources.step() and journal.read_text().splitlines() == some_lines(3) + some_lines(3, "new"))
 
 
-@pytest.mark.parametrize("crash", [True, False], ids=["crash", ""])
-def test_a_delivered_journal_gives_way_on_a_disk_without_a_free_block(
-    monkeypatch: pytest.MonkeyPatch, journal: Path, crash: bool
-) -> None:
-    """Where the durable position is behind, and not even .journal can be written before that."""
-    opened = client.open_journal(str(journal), client.Settings(rotate_bytes=65_536))
-    opened.append([b"192.0.2.1 GET /1 200"] * 10_000)
-    full_for_states(monkeypatch, lambda: journal.stat().st_size > 0)
-    while lines := opened.pending(1000):
-        opened.acknowledge(lines)
-    before = {identity for _, identity in opened.state.spans}
-    with no_room(monkeypatch, lambda: not crash and journal.stat().st_size == 0), suppress(OSError):
-        opened.append([b"192.0.2.1 GET /2 200"])
-    if crash:
-        os.close(opened._file)
-        opened = client.open_journal(str(journal))
-        opened.append([b"192.0.2.1 GET /2 200"])
-    [(name, line)] = opened.pending(10)
-    assert (line, name[:24] in before) == (b"192.0.2.1 GET /2 200", False)
-
-
-def test_a_journal_with_lines_of_a_source_does_not_give_way_before_that_is_on_disk(
-    monkeypatch: pytest.MonkeyPatch, journal: Path, source: Path
-) -> None:
-    """Else a crash would let them be read again, under other ids."""
-    append(source, some_lines(5000))
-    settings = client.Settings(source=str(source), log_file=str(journal), rotate_bytes=65_536)
-    sources = client.Sources(settings, opened := client.open_journal(str(journal), settings))
-    while sources.step():
-        pass
-    full_for_states(monkeypatch, lambda: True)
-    while lines := opened.pending(1000):
-        opened.acknowledge(lines)
-    size = journal.stat().st_size
-    with pytest.raises(OSError, match="No space"):
-        opened._with_room(lambda: client.write_state("", ""))
-    assert journal.stat().st_size == size
-
-
 def test_on_a_full_disk_what_is_not_delivered_stays(monkeypatch: pytest.MonkeyPatch, journal: Path) -> None:
     opened = client.open_journal(str(journal), client.Settings(rotate_bytes=65_536))
     opened.append([b"192.0.2.1 GET /2 200"] * 10_000)
