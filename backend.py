@@ -1840,7 +1840,7 @@ def read_at_once(ids: Sequence[str], lines: str) -> Ticket | None:
         return None
     if max(map(len, columns[3])) > MAX_URI_BYTES / 4:  # in characters, as in parse_line
         return None
-    return batch_ticket(columns, list(zip(range(len(ids)))), [])
+    return batch_ticket(columns, [(n,) for n in range(len(ids))], [])
 
 
 def parse_text(line: bytes, new_id: str) -> Row:

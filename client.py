@@ -1117,12 +1117,11 @@ class Journal:
 
     def _checked(self, state: JournalState) -> JournalState:
         """Is LOG_FILE what was delivered up to there? If it was shortened, or is another, it goes on as that."""
+        if state.acknowledged <= self.size:
+            check_head(self._file, self.size, self.path, state)
+            return state
         head = state.head.encode("latin-1")
         same = os.pread(self._file, len(head), 0) == head[: self.size]
-        if state.acknowledged <= self.size:
-            if not same:
-                raise Spoilt(f"{self.path} is not the journal of which {state.acknowledged} bytes were delivered")
-            return state
         if same and head and self.size:
             log.warning(
                 "%s was cut from %d bytes to %d; all that is left was delivered",
@@ -1521,6 +1520,18 @@ def new_identity() -> str:
     """The first 24 characters of a random UUID, made a version 8 of RFC 9562; neighbouring ids keep the index dense."""
     fresh = str(uuid.uuid4())
     return f"{fresh[:14]}8{fresh[15:24]}"
+
+
+def check_head(file: int, size: int, path: str, state: JournalState) -> None:
+    """Raises Spoilt if a LOG_FILE that is long enough is not the one of that state."""
+    if not is_head(file, size, state):
+        raise Spoilt(f"{path} is not the journal of which {state.acknowledged} bytes were delivered")
+
+
+def is_head(file: int, size: int, state: JournalState) -> bool:
+    """As a client would take it for the LOG_FILE of that state."""
+    head = state.head.encode("latin-1")
+    return state.acknowledged <= size and os.pread(file, len(head), 0) == head
 
 
 def lines_with_ids(file: int, offset: int, end: int, spans: Spans, count: int) -> list[tuple[str, bytes]]:
@@ -3121,7 +3132,9 @@ def check_journal(log_file: str) -> None:
             if os.path.exists(path):
                 state = read_state_of(path)
                 with open(open_regular(path), "rb") as file:
-                    check_head(file.fileno(), path, state)
+                    size = os.fstat(file.fileno()).st_size
+                    if state and state.acknowledged <= size:
+                        check_head(file.fileno(), size, path, state)
                 read_source_state(f"{path}.source")
         except Spoilt as error:
             raise Failed(f"{error}: restore it, or move LOG_FILE away with all that is named after it") from error
@@ -3129,13 +3142,6 @@ def check_journal(log_file: str) -> None:
             raise Failed(f"{error}: name another file, or change its owner or mode") from error
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise Failed(f"{path} is not writable: change its owner or mode")
-
-
-def check_head(file: int, path: str, state: JournalState | None) -> None:
-    """Raises Spoilt, as the start would."""
-    size = os.fstat(file).st_size
-    if state and state.acknowledged <= size and not is_head(file, size, state):
-        raise Spoilt(f"{path} is not the journal of which {state.acknowledged} bytes were delivered")
 
 
 def check_folder(folder: str, can_be_made: bool) -> None:
@@ -3401,12 +3407,6 @@ def part_of(file: int, size: int, parts: Sequence[Rotated]) -> Rotated | None:
     same = [part for part in parts if part.size == size]
     crc = crc_of(file, 0, size) if same else None
     return next((part for part in same if part.crc == crc), None)
-
-
-def is_head(file: int, size: int, state: JournalState) -> bool:
-    """As a client would take it for the LOG_FILE of that state."""
-    head = state.head.encode("latin-1")
-    return state.acknowledged <= size and os.pread(file, len(head), 0) == head
 
 
 def lines_to_send(path: str, file: int, part: Rotated, younger: int, journal: str) -> Replayed:

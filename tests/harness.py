@@ -31,6 +31,13 @@ import background
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = [ROOT]  # the folder that services are started from: the last of these; sabotage.py puts broken copies there
 STORING_LOCK = "SELECT pg_advisory_xact_lock(7021961410472345601)"  # that of store_logs
+WAITING_TO_STORE = """
+SELECT pid
+  FROM pg_locks
+ WHERE locktype = 'advisory'
+   AND NOT granted
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 SERVICE_VARIABLES = re.compile(
     "^(HOST|BACKEND_PORT|WORKERS|THREADS|LEVEL|DB_.*|DATABASE_URL|BACKEND_CORS_ORIGINS|API_TOKEN|RETENTION_DAYS|DRAIN_SECONDS|URL"
     "|THREADS_AMOUNT|REQUEST_DELAY_LIMIT|LOG_FILE|SOURCE|SOURCE_PATTERN|BATCH_SIZE|DIRECTORY|FILE_NAME|REQUEST_DELAY|ROTATE_BYTES"

@@ -38,6 +38,7 @@ from fakes import FakeBackend, fake_backend, post_lines, proxy_to, some_lines
 from harness import (
     ROOT,
     STORING_LOCK,
+    WAITING_TO_STORE,
     Backend,
     Postgres,
     Service,
@@ -63,13 +64,6 @@ Start = Callable[..., Service]
 StartBackend = Callable[..., Backend]
 
 SECONDS = 60  # for what takes one or two: the machine may be busy
-WAITING_TO_STORE = """
-SELECT pid
-  FROM pg_locks
- WHERE locktype = 'advisory'
-   AND NOT granted
-   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import falcon.inspect
 import psycopg
 import pytest
 import requests
-from harness import ROOT, STORING_LOCK, Backend, backend_with, children_of
+from harness import ROOT, STORING_LOCK, WAITING_TO_STORE, Backend, backend_with, children_of
 from raw_http import connect, exchange, post, request
 from scraping import Samples, refusals, scrape
 from waiting import wait_until
@@ -101,19 +101,13 @@ def test_requests_are_counted_by_method_route_and_status_with_their_time(backend
     assert 0 < samples['request_duration_seconds_sum{method="GET",route="/api/data"}'] < SECONDS
 
 
-WAITING_FOR_LOCK = """
-SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = database
- WHERE locktype = 'advisory' AND NOT granted AND datname = current_database()
-"""
-
-
 def test_commits_are_counted_by_their_lines_and_a_post_takes_as_long_as_its_commit(backend: Backend) -> None:
     lines = [{"log": f"192.0.2.1 GET /{n} 200"} for n in range(30)]
     with psycopg.connect(backend.database_url) as holder, ThreadPoolExecutor(1) as pool:
         holder.execute(STORING_LOCK)
         waiting = pool.submit(requests.post, backend.data_url, json=lines, timeout=SECONDS)
         wait_until(lambda: scrape(backend.url)["queue_bytes"] > 1000, SECONDS, "lines in the queue")
-        wait_until(lambda: holder.execute(WAITING_FOR_LOCK).fetchall() == [(1,)], SECONDS, "a statement that waits")
+        wait_until(lambda: len(holder.execute(WAITING_TO_STORE).fetchall()) == 1, SECONDS, "a statement that waits")
         time.sleep(0.5)  # how long the commit takes at least
         holder.rollback()
         assert waiting.result(SECONDS).status_code == 201

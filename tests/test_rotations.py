@@ -555,26 +555,18 @@ def test_a_rotated_file_that_was_there_first_is_read_once(host_of: Callable[...,
     assert host.journalled == lines
 
 
+@pytest.mark.parametrize(("log_file", "name"), [("logs-2.txt", "logs-2.txt"), ("journal.%n", "journal.1")])
 def test_a_pattern_does_not_follow_journals_of_other_clients(
-    host_of: Callable[..., Host], caplog: pytest.LogCaptureFixture
+    host_of: Callable[..., Host], caplog: pytest.LogCaptureFixture, log_file: str, name: str
 ) -> None:
+    """Nor one that is named like a rotated one."""
     host = host_of("*")
-    other = client.open_journal(str(host.folder / "logs-2.txt"))
+    other = client.open_journal(str(host.folder / log_file))
     other.append([b"192.0.2.1 GET /other 200"])
     host.write(some_lines(5))
     host.settle()
     assert host.journalled == some_lines(5)
-    assert caplog.text.count("logs-2.txt is the journal of another client") == 1
-
-
-def test_a_pattern_does_not_follow_a_journal_that_is_named_like_a_rotated_one(host_of: Callable[..., Host]) -> None:
-    """LOG_FILE=journal.%n makes such names."""
-    host = host_of("*")
-    other = client.open_journal(str(host.folder / "journal.%n"))
-    other.append([b"192.0.2.1 GET /other 200"])
-    host.write(some_lines(5))
-    host.settle()
-    assert host.journalled == some_lines(5)
+    assert caplog.text.count(f"{name} is the journal of another client") == 1
 
 
 def test_a_pattern_follows_neighbours_whose_names_end_in_a_number(host_of: Callable[..., Host]) -> None:

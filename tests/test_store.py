@@ -21,7 +21,7 @@ from urllib.parse import urljoin, urlsplit
 import psycopg
 import pytest
 import requests
-from harness import Backend, Postgres, Service, driver, past_the_guard
+from harness import WAITING_TO_STORE, Backend, Postgres, Service, driver, past_the_guard
 from waiting import wait_until
 
 SECONDS = 60  # for one answer on a busy machine
@@ -127,11 +127,7 @@ def held_store(backend: Backend) -> Iterator[tuple[psycopg.Connection[Any], str]
 def waiting_sessions(backend: Backend) -> int:
     """How many sessions wait for a lock that another one holds."""
     with psycopg.connect(backend.database_url, autocommit=True) as connection:
-        [count] = connection.execute(
-            "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
-            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        ).fetchone() or (0,)
-    return int(count)
+        return len(connection.execute(WAITING_TO_STORE).fetchall())
 
 
 def post_while_held(pool: ThreadPoolExecutor, backends: Sequence[Backend]) -> list[Future[requests.Response]]:
